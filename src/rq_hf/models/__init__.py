@@ -1,0 +1,14 @@
+from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
+from .modeling_rqtransformer import RQTransformerModel, RQTransformerOutput
+from .quantizer import ResidualQuantizer
+from .rqvae import RQVAEModel, RQVAEOutput
+
+__all__ = [
+    "RQStackConfig",
+    "RQTransformerConfig",
+    "RQTransformerModel",
+    "RQTransformerOutput",
+    "RQVAEModel",
+    "RQVAEOutput",
+    "ResidualQuantizer",
+]

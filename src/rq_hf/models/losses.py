@@ -1,0 +1,102 @@
+"""Cross-entropy of the codes with hard or soft labels (Lee et al., CVPR 2022, eq. 12 and section 3.2.3).
+
+At K = 16,384 the logits of one batch, their soft targets and both gradients are what runs out of memory. Here the
+classifier and the loss are one function that goes through the rows in chunks, forms the gradients of a chunk while its
+logits are at hand, and keeps none of them.
+
+Shapes: `N` positions of the batch, `D` depths, `K` codebook size, `E` hidden size, `C` channels of a codeword, `M`
+classifiers or codebooks (1 when shared by all depths, else D).
+"""
+
+import torch
+
+from .quantizer import soft_targets
+
+# Logits are formed for so many (position, code) pairs at a time: 32 MiB of float32.
+MAX_PAIRS = 2**23
+
+
+def codes_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    residuals: torch.Tensor | None = None,
+    codebook: torch.Tensor | None = None,
+    temperature: float = 0.5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean cross-entropy, in nats, of softmax(hidden·Wᵀ + b) against hard or soft labels.
+
+    Args:
+        hidden_states: `(N, D, E)`.
+        weight, bias: classifier, `(M, K, E)` and `(M, K)`.
+        labels: `(N, D)` int64, the codes; or
+        residuals: `(N, D, C)` with `codebook` `(M, K, C)`: targets softmax(−‖r − e(k)‖²/τ).
+        temperature: τ > 0.
+
+    Returns:
+        the scalar loss, and its share of each depth `(D,)` (detached; the loss is their mean).
+    """
+    return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, labels, residuals, codebook, temperature)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, labels, residuals, codebook, temperature):
+        device = hidden_states.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+        with torch.autocast(device, enabled=False):
+            num_positions, depth, _ = hidden_states.shape
+            rows = max(1, MAX_PAIRS // weight.shape[1])
+            depth_losses = torch.zeros(depth, device=hidden_states.device)
+            with_grad = any(ctx.needs_input_grad[:3])
+            if with_grad:
+                grad_hidden = torch.empty_like(hidden_states)
+                grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+                grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+
+            for d in range(depth):
+                m = d if len(weight) > 1 else 0
+                depth_weight = weight[m].to(dtype)
+                for start in range(0, num_positions, rows):
+                    chunk = slice(start, start + rows)
+                    hidden = hidden_states[chunk, d].to(dtype)
+                    logits = (hidden @ depth_weight.t()).float() + bias[m].float()  # (n, K)
+                    normalizer = logits.logsumexp(dim=-1)
+                    if labels is not None:
+                        target = labels[chunk, d, None]
+                        target_logit = logits.gather(-1, target).squeeze(-1)
+                    else:
+                        depth_codebook = codebook[d if len(codebook) > 1 else 0].float()
+                        target = soft_targets(residuals[chunk, d].float(), depth_codebook, temperature)  # (n, K)
+                        target_logit = torch.linalg.vecdot(target, logits)
+                    depth_losses[d] += (normalizer - target_logit).sum() / num_positions
+                    if not with_grad:
+                        continue
+
+                    grad_logits = logits.sub_(normalizer[:, None]).exp_()  # softmax(logits) − target
+                    if labels is not None:
+                        grad_logits.scatter_add_(-1, target, -torch.ones_like(normalizer)[:, None])
+                    else:
+                        grad_logits.sub_(target)
+                    grad_bias[m] += grad_logits.sum(dim=0)
+                    grad_logits = grad_logits.to(dtype)
+                    grad_hidden[chunk, d] = (grad_logits @ depth_weight).to(grad_hidden.dtype)
+                    grad_weight[m] += grad_logits.t() @ hidden
+
+        if with_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            ctx.dtypes = weight.dtype, bias.dtype
+            ctx.count = num_positions * depth
+        ctx.mark_non_differentiable(depth_losses)
+        return depth_losses.mean(), depth_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        scale = grad_loss / ctx.count
+        grad_hidden, grad_weight, grad_bias = (grad * scale for grad in ctx.saved_tensors)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return grad_hidden, grad_weight.to(weight_dtype), grad_bias.to(bias_dtype), None, None, None, None

@@ -1,0 +1,297 @@
+"""Residual quantization (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+
+Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shape), `C` channels of a vector = dimension
+of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share one, else D).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# Distances are computed for so many (vector, codeword) pairs at a time: 64 MiB of float32.
+MAX_PAIRS = 2**24
+
+
+@dataclass
+class QuantizerOutput:
+    """
+    Args:
+        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D chosen codewords, with the straight-through gradient.
+        codes (`torch.Tensor` of shape `(..., D)`, int64): the chosen codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of ‖z − sg[ẑ⁽ᵈ⁾]‖² (eq. 7), per channel.
+        codebook_loss (`torch.Tensor`, scalar, or `None`): the same with the gradient on the codewords; only when the
+            codebook is trained by gradient (VQ-VAE, van den Oord et al. 2017, eq. 3).
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    commitment_loss: torch.Tensor
+    codebook_loss: torch.Tensor | None = None
+
+
+class ResidualQuantizer(nn.Module):
+    """
+    Approximates vectors z by sums of D codewords: r⁽⁰⁾ = z, and for d = 1..D (eq. 4)
+
+        k_d = argmin_k ‖r⁽ᵈ⁻¹⁾ − e(k)‖²,    r⁽ᵈ⁾ = r⁽ᵈ⁻¹⁾ − e(k_d),    ẑ⁽ᵈ⁾ = Σ_{i≤d} e(k_i)  (eq. 5)
+
+    In training mode `codebook_update="ema"` moves every codeword to the running mean of the residuals assigned to it,
+    depth after depth, so that a shared codebook is updated D times a step and depth d+1 already sees the update of
+    depth d. Codewords that attract fewer than one residual per update are restarted at residuals of the batch.
+    `codebook_update="gradient"` trains the codebook with the codebook loss instead; with depth 1 this is the VQ-VAE.
+
+    All arithmetic is float32, also under autocast. Memory is O(N·C + K·C); in a process group all ranks count the
+    residuals of all ranks, and their codebooks stay bit-identical.
+
+    Args:
+        codebook_size (`int`): K.
+        codebook_dim (`int`): C.
+        depth (`int`): D.
+        shared_codebook (`bool`): one codebook for all depths (as in the paper) or one per depth.
+        codebook_update (`str`): `"ema"` or `"gradient"`.
+        ema_decay (`float`): decay of the running counts and sums, in [0, 1).
+        restart_unused_codes (`bool`): whether dead codewords are restarted (`"ema"` only).
+        epsilon (`float`): Laplace smoothing of the running counts.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        depth: int,
+        shared_codebook: bool = True,
+        codebook_update: str = "ema",
+        ema_decay: float = 0.99,
+        restart_unused_codes: bool = True,
+        epsilon: float = 1e-5,
+    ):
+        super().__init__()
+        if min(codebook_size, codebook_dim, depth) < 1:
+            raise ValueError(
+                "codebook_size, codebook_dim and depth must be at least 1, "
+                f"got {codebook_size}, {codebook_dim} and {depth}"
+            )
+        if codebook_update not in ("ema", "gradient"):
+            raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.depth = depth
+        self.shared_codebook = shared_codebook
+        self.codebook_update = codebook_update
+        self.ema_decay = ema_decay
+        self.restart_unused_codes = restart_unused_codes
+        self.epsilon = epsilon
+
+        codebook = torch.randn(1 if shared_codebook else depth, codebook_size, codebook_dim)  # (M, K, C)
+        self.codebook = nn.Parameter(codebook, requires_grad=codebook_update == "gradient")
+        if codebook_update == "ema":
+            self.register_buffer("cluster_size", torch.zeros(codebook.shape[:2]))  # (M, K) running counts
+            self.register_buffer("cluster_sum", codebook.clone())  # (M, K, C) running sums
+
+    def codebook_at(self, d: int) -> torch.Tensor:
+        """The codebook of depth index d (0-based), `(K, C)` float32."""
+        return self.codebook[0 if self.shared_codebook else d].float()
+
+    def forward(self, z: torch.Tensor) -> QuantizerOutput:
+        """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
+
+        Raises `ValueError` when the last dimension is not C.
+        """
+        self._check_vectors(z)
+        with torch.autocast(z.device.type, enabled=False):
+            inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
+            residual = inputs.detach()
+            quantized = torch.zeros_like(residual)
+            codes, commitment, codebook_loss = [], [], []
+            for d in range(self.depth):
+                code = self._nearest(residual, d)  # (N,)
+                codeword = F.embedding(code, self.codebook_at(d))  # (N, C)
+                if self.training and self.codebook_update == "ema":
+                    self._update_codebook(residual, code, d)
+                residual = residual - codeword.detach()
+                quantized = quantized + codeword
+                codes.append(code)
+                commitment.append(F.mse_loss(inputs, quantized.detach()))
+                codebook_loss.append(F.mse_loss(quantized, inputs.detach()))
+
+            straight_through = inputs + (quantized - inputs).detach()
+        return QuantizerOutput(
+            quantized=straight_through.reshape(z.shape).to(z.dtype),
+            codes=torch.stack(codes, dim=-1).reshape(*z.shape[:-1], self.depth),
+            commitment_loss=torch.stack(commitment).mean(),
+            codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
+        )
+
+    @torch.no_grad()
+    def get_codes(
+        self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of `z` `(..., C)` and the residuals they were chosen for; never updates the codebook.
+
+        With a `temperature` τ > 0 the codes are drawn from softmax(−‖r − e(k)‖²/τ), the stochastic sampling of
+        section 3.2.3; without, they are the nearest ones.
+
+        Returns:
+            codes `(..., D)` int64 and residuals `(..., D, C)` float32, where residual d is what depth d quantizes.
+        """
+        self._check_vectors(z)
+        with torch.autocast(z.device.type, enabled=False):
+            residual = z.float().reshape(-1, self.codebook_dim)
+            codes, residuals = [], []
+            for d in range(self.depth):
+                code = self._nearest(residual, d) if temperature is None else self._draw(residual, d, temperature, generator)
+                codes.append(code)
+                residuals.append(residual)
+                residual = residual - F.embedding(code, self.codebook_at(d))
+        shape = z.shape[:-1]
+        return (
+            torch.stack(codes, dim=-1).reshape(*shape, self.depth),
+            torch.stack(residuals, dim=-2).reshape(*shape, self.depth, self.codebook_dim),
+        )
+
+    @torch.no_grad()
+    def get_soft_codes(
+        self,
+        z: torch.Tensor,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft targets softmax(−‖r − e(k)‖²/τ) of every depth (section 3.2.3) and the codes along which they follow.
+
+        Args:
+            temperature: τ > 0, in units of squared distance.
+            stochastic: draw the codes from the soft targets instead of taking the nearest.
+
+        Returns:
+            targets `(..., D, K)` float32 and codes `(..., D)` int64.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
+        codes, residuals = self.get_codes(z, temperature if stochastic else None, generator)
+        targets = [
+            soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)
+        ]
+        return torch.stack(targets, dim=-2), codes
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codewords of `codes` `(..., d)` with d ≤ D, not summed: `(..., d, C)`."""
+        return embed_codes(codes, self.codebook)
+
+    def _check_vectors(self, z: torch.Tensor) -> None:
+        if z.shape[-1] != self.codebook_dim:
+            raise ValueError(f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}")
+
+    @torch.no_grad()
+    def _nearest(self, residual: torch.Tensor, d: int) -> torch.Tensor:
+        """Eq. 3: argmin over k of ‖r − e(k)‖². (N, C) -> (N,)"""
+        codebook = self.codebook_at(d)
+        chunks = residual.split(max(1, MAX_PAIRS // self.codebook_size))
+        return torch.cat([squared_distances(chunk, codebook).argmin(dim=-1) for chunk in chunks])
+
+    def _draw(self, residual: torch.Tensor, d: int, temperature: float, generator) -> torch.Tensor:
+        codebook = self.codebook_at(d)
+        chunks = residual.split(max(1, MAX_PAIRS // self.codebook_size))
+        return torch.cat(
+            [soft_targets(c, codebook, temperature).multinomial(1, generator=generator).squeeze(-1) for c in chunks]
+        )
+
+    @torch.no_grad()
+    def _update_codebook(self, residual: torch.Tensor, code: torch.Tensor, d: int) -> None:
+        """Moves the codewords of depth d towards the means of their residuals (N, C), in the authors' order of operations."""
+        m = 0 if self.shared_codebook else d
+        count = torch.bincount(code, minlength=self.codebook_size).to(residual.dtype)  # (K,)
+        total = torch.zeros_like(self.cluster_sum[m], dtype=residual.dtype).index_add_(0, code, residual)  # (K, C)
+        fresh = self._restart_candidates(residual) if self.restart_unused_codes else None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+            if fresh is not None:
+                dist.broadcast(fresh, src=0)
+
+        cluster_size, cluster_sum = self.cluster_size[m], self.cluster_sum[m]
+        cluster_size.mul_(self.ema_decay).add_(count, alpha=1 - self.ema_decay)
+        cluster_sum.mul_(self.ema_decay).add_(total, alpha=1 - self.ema_decay)
+        if fresh is not None:
+            dead = cluster_size < 1
+            cluster_sum.copy_(torch.where(dead[:, None], fresh, cluster_sum))
+            cluster_size.masked_fill_(dead, 1)
+
+        # Laplace smoothing keeps empty clusters away from a division by zero.
+        n = cluster_size.sum()
+        smoothed = n * (cluster_size + self.epsilon) / (n + self.codebook_size * self.epsilon)
+        self.codebook[m] = cluster_sum / smoothed[:, None]
+
+    def _restart_candidates(self, residual: torch.Tensor) -> torch.Tensor:
+        """K residuals of the batch in random order, repeated with a little noise where there are fewer. (N, C) -> (K, C)"""
+        repeats = -(-self.codebook_size // len(residual))
+        if repeats > 1:
+            residual = residual.repeat(repeats, 1)
+            residual = residual + torch.rand_like(residual) * (0.01 / self.codebook_dim**0.5)
+        return residual[torch.randperm(len(residual), device=residual.device)[: self.codebook_size]]
+
+    def extra_repr(self) -> str:
+        return (
+            f"codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}, depth={self.depth}, "
+            f"shared_codebook={self.shared_codebook}, codebook_update={self.codebook_update!r}"
+        )
+
+
+def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """‖v − e(k)‖² of vectors `(N, C)` to all codewords `(K, C)`: `(N, K)`, in one matrix product."""
+    squares = vectors.square().sum(dim=-1, keepdim=True) + codebook.square().sum(dim=-1)  # (N, K)
+    return squares.addmm_(vectors, codebook.t(), alpha=-2)
+
+
+def soft_targets(residual: torch.Tensor, codebook: torch.Tensor, temperature: float) -> torch.Tensor:
+    """softmax(−‖r − e(k)‖²/τ) over the codebook `(K, C)`: `(..., C)` -> `(..., K)` (section 3.2.3)."""
+    distances = squared_distances(residual.reshape(-1, residual.shape[-1]), codebook)
+    return F.softmax(distances.div_(-temperature), dim=-1).reshape(*residual.shape[:-1], len(codebook))
+
+
+def embed_codes(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Codewords of `codes` `(..., d)` in `codebook` `(M, K, C)`: `(..., d, C)`.
+
+    With one codebook (M = 1) it serves every depth; otherwise codebook i serves depth i and d ≤ M.
+    """
+    num_codebooks, codebook_size, codebook_dim = codebook.shape
+    if num_codebooks > 1:
+        codes = codes + codebook_size * torch.arange(codes.shape[-1], device=codes.device)
+    return F.embedding(codes, codebook.reshape(-1, codebook_dim))
+
+
+def check_codes(codes: torch.Tensor, depth: int, codebook_size: int) -> None:
+    """Raises `ValueError`/`TypeError` unless `codes` is an int64 `(B, H, W, D)` map of codes in [0, K)."""
+    if codes.dtype != torch.long:
+        raise TypeError(f"codes must be int64, got {codes.dtype}")
+    if codes.ndim != 4 or codes.shape[-1] != depth:
+        raise ValueError(f"codes must have the shape (B, H, W, {depth}), got {tuple(codes.shape)}")
+    if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+        raise ValueError(
+            f"codes must lie in [0, {codebook_size}), got values from {int(codes.min())} to {int(codes.max())}"
+        )
+
+
+def count_codes(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
+    """How often each code occurs at each depth: codes `(..., D)` -> `(D, K)` int64. Counts of batches add up."""
+    return torch.stack([torch.bincount(c, minlength=codebook_size) for c in codes.reshape(-1, codes.shape[-1]).t()])
+
+
+def codebook_health(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Health of the codebook from `counts` `(D, K)` of [`count_codes`], one number per depth.
+
+    Returns:
+        `usage`: share of codes that occur, in [0, 1]; `perplexity`: exp of the entropy of the codes, in [1, K];
+        `dead_codes`: number of codes that never occur. Each of shape `(D,)`.
+    """
+    share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+    return {
+        "usage": (counts > 0).float().mean(dim=-1),
+        "perplexity": torch.special.entr(share).sum(dim=-1).exp(),
+        "dead_codes": (counts == 0).sum(dim=-1),
+    }

@@ -1,0 +1,273 @@
+"""RQ-VAE: an image as a small map of stacked codes (Lee et al., CVPR 2022, section 3.1).
+
+Shapes: `B` batch, `H W` code grid, `D` quantization depth, `K` codebook size, `C` channels of a codeword. Pixels are
+`(B, 3, height, width)` in [-1, 1] with height = H·f, width = W·f, f = 2^(levels − 1).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from .quantizer import ResidualQuantizer, check_codes
+
+
+@dataclass
+class RQVAEEncoderOutput(BaseOutput):
+    """
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): the feature map before quantization.
+    """
+
+    latents: torch.Tensor
+
+
+@dataclass
+class RQVAEQuantizerOutput(BaseOutput):
+    """
+    Args:
+        quantized (`torch.Tensor` of shape `(B, C, H, W)`): sum of the chosen codewords, with the straight-through gradient.
+        codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
+        codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    commitment_loss: torch.Tensor
+    codebook_loss: torch.Tensor | None = None
+
+
+@dataclass
+class RQVAEOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, height, width)`): the reconstruction, about [-1, 1], not clamped.
+        codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
+        codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
+    """
+
+    sample: torch.Tensor
+    codes: torch.Tensor
+    commitment_loss: torch.Tensor
+    codebook_loss: torch.Tensor | None = None
+
+
+class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    A VQ-GAN encoder and decoder with residual quantization between them. With `depth=1` it is a VQ-VAE.
+
+    Args:
+        in_channels (`int`): channels of the input image.
+        out_channels (`int`): channels of the reconstruction.
+        down_block_types (`tuple[str, ...]`): block of every level, fine to coarse; attention at a level is
+            `"AttnDownEncoderBlock2D"` instead of `"DownEncoderBlock2D"`.
+        up_block_types (`tuple[str, ...]`): likewise for the decoder, coarse to fine (`"AttnUpDecoderBlock2D"`).
+        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; between levels the image is halved.
+        layers_per_block (`int`): residual blocks per level (the decoder has one more).
+        mid_block_add_attention (`bool`): attention between the two residual blocks of the coarsest level.
+        norm_num_groups (`int`): groups of the group normalization; divides every width.
+        dropout (`float`): dropout inside the residual blocks.
+        latent_channels (`int`): channels of the encoder's output.
+        codebook_dim (`int`): C, dimension of a codeword; 1×1 convolutions lead to and from it.
+        codebook_size (`int`): K.
+        depth (`int`): D, codes per position.
+        shared_codebook (`bool`): one codebook for all depths, or one per depth.
+        codebook_update (`str`): `"ema"` (moving average) or `"gradient"` (codebook loss), see [`ResidualQuantizer`].
+        ema_decay (`float`): decay of the moving average.
+        restart_unused_codes (`bool`): restart dead codewords at features of the batch.
+        sample_size (`int`): height and width of the pictures the model was made for.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = False
+    _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
+    _keep_in_fp32_modules = ["quantizer"]
+    _skip_layerwise_casting_patterns = ["quantizer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 5 + ("AttnDownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 5,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        layers_per_block: int = 2,
+        mid_block_add_attention: bool = True,
+        norm_num_groups: int = 32,
+        dropout: float = 0.0,
+        latent_channels: int = 256,
+        codebook_dim: int = 256,
+        codebook_size: int = 16384,
+        depth: int = 4,
+        shared_codebook: bool = True,
+        codebook_update: str = "ema",
+        ema_decay: float = 0.99,
+        restart_unused_codes: bool = True,
+        sample_size: int = 256,
+    ):
+        super().__init__()
+        if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
+            raise ValueError(
+                "down_block_types, up_block_types and block_out_channels need one entry per level, got "
+                f"{len(down_block_types)}, {len(up_block_types)} and {len(block_out_channels)}"
+            )
+        self.encoder = Encoder(
+            in_channels=in_channels,
+            out_channels=latent_channels,
+            down_block_types=down_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            double_z=False,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, codebook_dim, 1)
+        self.quantizer = ResidualQuantizer(
+            codebook_size,
+            codebook_dim,
+            depth,
+            shared_codebook=shared_codebook,
+            codebook_update=codebook_update,
+            ema_decay=ema_decay,
+            restart_unused_codes=restart_unused_codes,
+        )
+        self.post_quant_conv = nn.Conv2d(codebook_dim, latent_channels, 1)
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.dropout.p = dropout
+        self.use_slicing = False
+
+    @property
+    def downsample_factor(self) -> int:
+        """f: pixels per position of the code grid, along each side."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @apply_forward_hook
+    def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
+        """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
+
+        Raises `ValueError` when height or width is not divisible by the downsampling factor, or for another number of
+        channels.
+        """
+        self.check_pixels(pixels)
+        latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
+        return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def quantize(
+        self, latents: torch.Tensor, return_dict: bool = True
+    ) -> RQVAEQuantizerOutput | tuple[torch.Tensor, ...]:
+        """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook."""
+        out = self.quantizer(latents.permute(0, 2, 3, 1))  # (B, H, W, C)
+        quantized = out.quantized.permute(0, 3, 1, 2)
+        if not return_dict:
+            return quantized, out.codes, out.commitment_loss, out.codebook_loss
+        return RQVAEQuantizerOutput(quantized, out.codes, out.commitment_loss, out.codebook_loss)
+
+    @apply_forward_hook
+    def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Feature map `(B, C, H, W)` -> pixels `(B, 3, height, width)`, about [-1, 1], not clamped."""
+        sample = torch.cat([self._decode(q) for q in self._slices(quantized)])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEOutput | tuple[torch.Tensor, ...]:
+        """Encode, quantize, decode: pixels `(B, 3, height, width)` in [-1, 1] -> [`RQVAEOutput`]."""
+        latents = self.encode(pixels).latents
+        quantization = self.quantize(latents)
+        sample = self.decode(quantization.quantized.to(latents.dtype)).sample
+        if not return_dict:
+            return sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss
+        return RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
+        latents = self.encode(pixels).latents
+        return self.quantizer.get_codes(latents.permute(0, 2, 3, 1))[0]
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def get_soft_codes(
+        self,
+        pixels: torch.Tensor,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft targets of the codes of pixels `(B, 3, height, width)` (section 3.2.3).
+
+        Args:
+            temperature: τ > 0 of softmax(−‖r − e(k)‖²/τ).
+            stochastic: draw the codes from the targets instead of taking the nearest.
+
+        Returns:
+            targets `(B, H, W, D, K)` float32 and codes `(B, H, W, D)`.
+        """
+        latents = self.encode(pixels).latents
+        return self.quantizer.get_soft_codes(latents.permute(0, 2, 3, 1), temperature, stochastic, generator)
+
+    @apply_forward_hook
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codewords `(B, H, W, D, C)` of codes `(B, H, W, D)`, not summed."""
+        check_codes(codes, self.config.depth, self.config.codebook_size)
+        return self.quantizer.embed_codes(codes)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_codes(
+        self, codes: torch.Tensor, depth: int | None = None, return_dict: bool = True
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`, about [-1, 1].
+
+        Args:
+            depth: decode from the first `depth` codes of every position only, in [1, D]: a coarse-to-fine preview.
+        """
+        depth = self.config.depth if depth is None else depth
+        if not 1 <= depth <= self.config.depth:
+            raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
+        quantized = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
+        return self.decode(quantized.permute(0, 3, 1, 2).to(self.dtype), return_dict=return_dict)
+
+    def check_pixels(self, pixels: torch.Tensor) -> None:
+        """Raises `ValueError` unless `pixels` is `(B, 3, height, width)` with sides the encoder can divide."""
+        factor = self.downsample_factor
+        if pixels.ndim != 4 or pixels.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"pixels must have the shape (B, {self.config.in_channels}, height, width), got {tuple(pixels.shape)}"
+            )
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels must be floating point in [-1, 1], got {pixels.dtype}")
+        height, width = pixels.shape[-2:]
+        if height % factor or width % factor:
+            raise ValueError(
+                f"height and width must be divisible by {factor}, the downsampling factor of this encoder; "
+                f"got {height}×{width}"
+            )
+
+    def _slices(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return batch.split(1) if self.use_slicing and len(batch) > 1 else (batch,)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(pixels))
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(quantized))
