@@ -8,16 +8,24 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
-from diffusers import VQModel
-
+from diffusers import DiffusionPipeline
 from fake_hub import FakeHub
+from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
+
+VOCABULARY = {"[PAD]": 0, "red": 1, "apple": 2}
 
 
 def test_hub(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env |= {"HF_TOKEN": "hf_fake", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    options = ["-q", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
+    env |= {"HF_TOKEN": "hf_fake", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env |= {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
     with FakeHub() as hub:
         child = subprocess.run(
             [sys.executable, "-m", "pytest", *options, __file__],
@@ -25,12 +33,95 @@ def test_hub(tmp_path):
             capture_output=True,
             text=True,
         )
-    assert child.returncode == 0, child.stdout + child.stderr
+    if child.returncode:
+        pytest.fail(child.stdout + child.stderr, pytrace=False)
 
 
-def check_vqmodel():
-    model = VQModel(block_out_channels=(32,), norm_num_groups=8)
-    model.push_to_hub("tester/vq")
-    loaded = VQModel.from_pretrained("tester/vq")
-    for (name, a), b in zip(model.state_dict().items(), loaded.state_dict().values()):
-        assert torch.equal(a, b), name
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    codebook = {"codebook_size": 16, "codebook_dim": 8}
+    vae = RQVAEModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=8,
+        depth=3,
+        sample_size=8,
+        **codebook,
+    )
+    stack = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RQTransformerConfig(
+        code_shape=(4, 4, 3),
+        cond_vocab_size=len(VOCABULARY),
+        cond_length=3,
+        null_cond_id=0,
+        spatial_config=stack,
+        depth_config=stack,
+        **codebook,
+    )
+    transformer = RQTransformerModel(config)
+    transformer.set_codebook(vae.quantizer.codebook)
+    words = Tokenizer(models.WordLevel(VOCABULARY))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    return RQPipeline(vae.eval(), transformer.eval(), tokenizer)
+
+
+def assert_same_weights(model, loaded):
+    assert type(loaded) is type(model)
+    expected, actual = model.state_dict(), loaded.state_dict()
+    assert actual.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+def assert_same_pipeline(pipe, loaded):
+    assert type(loaded) is RQPipeline
+    assert_same_weights(pipe.vae, loaded.vae)
+    assert_same_weights(pipe.transformer, loaded.transformer)
+    expected, actual = (
+        p("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0), output_type="pt")
+        for p in (pipe, loaded)
+    )
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal(actual.images, expected.images)
+
+
+@pytest.mark.parametrize("loader", [RQPipeline, DiffusionPipeline])
+def check_pipeline(pipe, loader):
+    pipe.push_to_hub("tester/pipeline")
+    assert_same_pipeline(pipe, loader.from_pretrained("tester/pipeline"))
+
+
+@pytest.mark.parametrize("loader", [RQPipeline, DiffusionPipeline])
+def check_shards_and_variant(pipe, loader, tmp_path):
+    repo = "tester/sharded"
+    pipe.save_pretrained(str(tmp_path), push_to_hub=True, repo_id=repo, max_shard_size="10KB", variant="small")
+    files = list_repo_files(repo)
+    assert {"transformer/model.safetensors.index.small.json", "model_index.json"} <= set(files)
+    assert sum("small-0000" in file for file in files) >= 4
+    assert_same_pipeline(pipe, loader.from_pretrained(repo, variant="small"))
+
+
+def check_vae(pipe):
+    pipe.vae.push_to_hub("tester/vae")
+    assert_same_weights(pipe.vae, RQVAEModel.from_pretrained("tester/vae"))
+
+
+@pytest.mark.parametrize("loader", [RQTransformerModel, AutoModel])
+def check_transformer(pipe, loader):
+    pipe.transformer.push_to_hub("tester/transformer")
+    assert_same_weights(pipe.transformer, loader.from_pretrained("tester/transformer"))
+
+
+@pytest.mark.parametrize("part", ["pipeline", "vae", "transformer"])
+def check_card_survives(pipe, part):
+    repo = create_repo(f"tester/{part}-with-card").repo_id
+    ModelCard("---\nlicense: apache-2.0\n---\nDraws fire engines.\n").push_to_hub(repo)
+    model = pipe if part == "pipeline" else getattr(pipe, part)
+    model.push_to_hub(repo)
+    card = ModelCard.load(hf_hub_download(repo, "README.md"))
+    assert card.data.license == "apache-2.0"
+    assert card.text.strip() == "Draws fire engines."

@@ -33,11 +33,10 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import emoji
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont, features
-
-import emoji
 
 NOTO = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ONE_GLYPH = "\N{GRINNING FACE}"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
 from .quantizer import embed_codes
@@ -45,6 +46,7 @@ class StaticKeyValueCache:
 class RQGenerationMixin(GenerationMixin):
     """`generate` of the RQ-Transformer; [`GenerationMixin`] only keeps, saves and loads the `generation_config`."""
 
+    @apply_forward_hook
     @torch.no_grad()
     def generate(
         self,
@@ -108,7 +110,9 @@ class RQGenerationMixin(GenerationMixin):
 
         cache_kwargs = {"batch_size": len(cond_ids), "device": self.device, "dtype": self._activation_dtype()}
         cond_length = self.config.cond_length
-        spatial_cache = StaticKeyValueCache(self.config.spatial_config, max_length=cond_length + num_positions, **cache_kwargs)
+        spatial_cache = StaticKeyValueCache(
+            self.config.spatial_config, max_length=cond_length + num_positions, **cache_kwargs
+        )
         depth_cache = StaticKeyValueCache(self.config.depth_config, max_length=depth, **cache_kwargs)
 
         def embed(codes):  # once more for the unconditional half

@@ -272,9 +272,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
                 temperature=soft_label_temperature,
             )
             if self.config.cond_length > 1:
-                output.cond_loss = F.cross_entropy(
-                    output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten()
-                )
+                output.cond_loss = F.cross_entropy(output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
                 weight = self.config.text_loss_weight
                 output.loss = weight * output.cond_loss + (1 - weight) * output.loss
         return output if return_dict else output.to_tuple()
@@ -317,7 +315,9 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         vocab_size, length = self.config.cond_vocab_size, self.config.cond_length
         if cond_ids is None:
             if vocab_size > 1:
-                raise ValueError(f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed")
+                raise ValueError(
+                    f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed"
+                )
             return torch.zeros(batch_size, length, dtype=torch.long, device=self.device)
         if length == 1 and cond_ids.ndim == 1:
             cond_ids = cond_ids[:, None]

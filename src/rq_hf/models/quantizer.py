@@ -144,7 +144,11 @@ class ResidualQuantizer(nn.Module):
             residual = z.float().reshape(-1, self.codebook_dim)
             codes, residuals = [], []
             for d in range(self.depth):
-                code = self._nearest(residual, d) if temperature is None else self._draw(residual, d, temperature, generator)
+                code = (
+                    self._nearest(residual, d)
+                    if temperature is None
+                    else self._draw(residual, d, temperature, generator)
+                )
                 codes.append(code)
                 residuals.append(residual)
                 residual = residual - F.embedding(code, self.codebook_at(d))
@@ -174,9 +178,7 @@ class ResidualQuantizer(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature must be greater than 0, got {temperature}")
         codes, residuals = self.get_codes(z, temperature if stochastic else None, generator)
-        targets = [
-            soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)
-        ]
+        targets = [soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)]
         return torch.stack(targets, dim=-2), codes
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -185,7 +187,9 @@ class ResidualQuantizer(nn.Module):
 
     def _check_vectors(self, z: torch.Tensor) -> None:
         if z.shape[-1] != self.codebook_dim:
-            raise ValueError(f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
+            )
 
     @torch.no_grad()
     def _nearest(self, residual: torch.Tensor, d: int) -> torch.Tensor:

@@ -38,9 +38,9 @@ class RQVAEQuantizerOutput(BaseOutput):
         codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
     """
 
-    quantized: torch.Tensor
-    codes: torch.Tensor
-    commitment_loss: torch.Tensor
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
 
 
@@ -54,9 +54,10 @@ class RQVAEOutput(BaseOutput):
         codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
     """
 
-    sample: torch.Tensor
-    codes: torch.Tensor
-    commitment_loss: torch.Tensor
+    # Defaults let accelerate rebuild the output field by field under mixed precision.
+    sample: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
 
 

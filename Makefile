@@ -1,0 +1,39 @@
+PYTHON ?= python3
+PROMPT ?=
+PYTEST_ARGS ?=
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip -qq --disable-pip-version-check
+READY := .venv/.ready
+SOURCES := $(wildcard src examples tests benchmarks)
+
+export PROMPT
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help demo test quality style
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## draw an image: make demo PROMPT="fire engine"
+	@$(PY) examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT")
+
+test: export HF_HUB_OFFLINE = 1
+test: $(READY) ## run all tests: make test PYTEST_ARGS="-k quantizer"
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+quality: $(READY) ## check style and formatting
+	$(PY) -m ruff check $(SOURCES)
+	$(PY) -m ruff format --check $(SOURCES)
+
+style: $(READY) ## repair style and formatting
+	$(PY) -m ruff check --fix $(SOURCES)
+	$(PY) -m ruff format $(SOURCES)
+
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rq_hf needs Python 3.11 or newer. Name one: make PYTHON=python3.11 ...")'
+	@echo "Setting up .venv: once, a few minutes"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@

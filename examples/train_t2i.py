@@ -1,0 +1,121 @@
+"""Train an RQ-Transformer (stage 2) on captioned pictures: text to image.
+
+One process:
+    accelerate launch examples/train_t2i.py --rqvae runs/rqvae/rqvae --dataset_name user/captioned-pictures \\
+        --text_column text --output_dir runs/t2i
+Eight GPUs, bf16:
+    accelerate launch --multi_gpu --num_processes 8 examples/train_t2i.py --mixed_precision bf16 ...
+Two processes on a CPU:
+    torchrun --nproc_per_node 2 examples/train_t2i.py --cpu ...
+Local files, read as a stream:
+    accelerate launch examples/train_t2i.py --data_files 'data/*.parquet' --streaming ...
+Go on after an interruption:
+    ... --resume_from_checkpoint latest
+
+The finished pipeline is OUTPUT_DIR/pipeline: RQPipeline.from_pretrained("OUTPUT_DIR/pipeline")("a prompt").
+Text goes through any tokenizer (--tokenizer), or through one trained on the captions. Captions of more than
+--text_length tokens are cut on the right; how many were is logged.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rq_hf import RQPipeline, RQVAEModel
+from rq_hf.data import Collator, DataArguments, load_images, train_tokenizer
+from rq_hf.training import (
+    OptimizationArguments,
+    create_accelerator,
+    create_stream,
+    flat_configuration,
+    parse_arguments,
+    save_finished,
+    train,
+)
+from rq_hf.transformer_training import (
+    TransformerArguments,
+    TransformerLoss,
+    create_transformer,
+    model_card,
+)
+
+
+@dataclass
+class TextArguments:
+    text_column: str = field(default="text", metadata={"help": "Column with the captions."})
+    text_length: int = field(default=32, metadata={"help": "Tokens of a caption, padded or cut to this length."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer: a folder or a Hub id (default: train one on the captions)."}
+    )
+    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of a tokenizer trained here."})
+    tokenizer_captions: int = field(default=1_000_000, metadata={"help": "Captions a tokenizer is trained on."})
+    validation_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts to draw every --image_logging_steps."}
+    )
+
+
+def create_tokenizer(args: TextArguments, dataset, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer named, or one trained on the captions and kept in `folder` for the time the run is resumed."""
+    if args.tokenizer is None and not folder.exists():
+        texts = (
+            example[args.text_column]
+            for example in dataset.select_columns([args.text_column]).take(args.tokenizer_captions)
+        )
+        train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or folder)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer {args.tokenizer} has no padding token, which stands for 'no text'")
+    tokenizer.model_max_length = args.text_length
+    return tokenizer
+
+
+def main() -> None:
+    optimization, data, args, text = parse_arguments(
+        OptimizationArguments, DataArguments, TransformerArguments, TextArguments, description=__doc__
+    )
+    accelerator = create_accelerator(optimization)
+    dataset = load_images(data, required_columns=(text.text_column,))
+    with accelerator.main_process_first():
+        tokenizer = create_tokenizer(text, dataset, Path(optimization.output_dir) / "tokenizer")
+    vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
+    model = create_transformer(
+        vae, args, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
+    )
+    if optimization.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    pipeline = RQPipeline(vae, model, tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+
+    collate = Collator(
+        data.image_column,
+        vae.config.sample_size,
+        data.random_flip,
+        data.skip_corrupt_images,
+        text_column=text.text_column,
+        tokenizer=tokenizer,
+    )
+
+    def samples() -> dict[str, torch.Tensor]:
+        if not text.validation_prompts:
+            return {}
+        generator = torch.Generator(accelerator.device).manual_seed(0)
+        return {"samples": pipeline(text.validation_prompts, generator=generator, output_type="pt").images}
+
+    train(
+        accelerator,
+        optimization,
+        model,
+        create_stream(accelerator, dataset, collate, optimization, data),
+        compute_loss=TransformerLoss(vae, model.config, args, accelerator.autocast),
+        make_images=samples,
+        configuration=flat_configuration(optimization, data, args, text),
+    )
+    destination = Path(optimization.output_dir) / "pipeline"
+    save_finished(accelerator, pipeline, destination, optimization, model_card(model, 'pipe("a prompt")'))
+    accelerator.print(f"saved {destination}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Residual-quantized image generation: RQ-VAE, RQ-Transformer and their pipeline."""
+
+from pathlib import Path
+
+from ._registration import register
+from .models import (
+    ResidualQuantizer,
+    RQStackConfig,
+    RQTransformerConfig,
+    RQTransformerModel,
+    RQVAEModel,
+)
+from .pipelines import RQPipeline, RQPipelineOutput
+
+register()
+
+EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
+"""Folder of the text-to-emoji pipeline that comes with the package."""
+
+__all__ = [
+    "EMOJI_MODEL",
+    "RQPipeline",
+    "RQPipelineOutput",
+    "RQStackConfig",
+    "RQTransformerConfig",
+    "RQTransformerModel",
+    "RQVAEModel",
+    "ResidualQuantizer",
+]

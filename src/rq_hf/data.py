@@ -1,0 +1,298 @@
+"""From any Hub data set or local files to batches of pixels, captions and labels: seeded, sharded over ranks, resumable."""
+
+import glob
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+}
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a local folder of images or parquet files."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of the data set."})
+    data_files: str | None = field(
+        default=None,
+        metadata={"help": f"Instead of --dataset_name: local files, globs allowed, one of {', '.join(BUILDERS)}."},
+    )
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set as a stream, without preparing it on disk first."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images at random."})
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "Examples in the shuffle buffer of a stream; a prepared data set is shuffled whole."},
+    )
+    skip_corrupt_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out images that cannot be decoded, and log how many (default: stop at the first)."},
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
+    )
+
+
+def load_images(args: DataArguments, required_columns: tuple[str, ...] = ()):
+    """
+    Opens the data set that `args` name, images not yet decoded, with an added column `index`.
+
+    Returns:
+        a `datasets.Dataset` or, with `args.streaming`, a `datasets.IterableDataset`.
+
+    Raises:
+        `ValueError`: neither or both of data set name and files, files of unknown kind or that match nothing, or a
+        missing column (the message names those there are).
+    """
+    if (args.dataset_name is None) == (args.data_files is None):
+        raise ValueError(
+            f"give one of --dataset_name and --data_files, got {args.dataset_name!r} and {args.data_files!r}"
+        )
+    if args.data_files is not None:
+        builder = BUILDERS.get(Path(args.data_files).suffix)
+        if builder is None:
+            raise ValueError(f"--data_files must end in one of {', '.join(BUILDERS)}, got {args.data_files!r}")
+        files = sorted(glob.glob(args.data_files, recursive=True))
+        if not files:
+            raise ValueError(f"--data_files {args.data_files!r} matches no file")
+        dataset = datasets.load_dataset(
+            builder, data_files={args.split: files}, split=args.split, streaming=args.streaming
+        )
+    else:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config, split=args.split, streaming=args.streaming
+        )
+    check_columns(dataset, (args.image_column, *required_columns))
+    return prepare_images(dataset, args.image_column)
+
+
+def column_names(dataset) -> list[str]:
+    """Columns of a data set; a stream without declared features is asked for its first example."""
+    if dataset.column_names is not None:
+        return list(dataset.column_names)
+    return list(next(iter(dataset), {}))
+
+
+def check_columns(dataset, columns: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless the data set has all `columns`."""
+    available = column_names(dataset)
+    for column in columns:
+        if column not in available:
+            raise ValueError(f"the data set has no column {column!r}; its columns are {available}")
+
+
+def prepare_images(dataset, image_column: str):
+    """Leaves images undecoded until a batch needs them, and numbers the examples in a column `index`."""
+    if isinstance((dataset.features or {}).get(image_column), datasets.Image):
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(lambda example, index: {"index": index}, with_indices=True)
+    return dataset.add_column("index", np.arange(len(dataset)))
+
+
+def decode_image(value) -> Image.Image:
+    """An image column's value (PIL image, or undecoded `{"bytes", "path"}`) -> RGB; transparent parts become white."""
+    if isinstance(value, Image.Image):
+        image = value
+    elif value["bytes"] is not None:
+        image = Image.open(io.BytesIO(value["bytes"]))
+    else:
+        image = Image.open(value["path"])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """RGB image -> `(3, resolution, resolution)` in [-1, 1]: shorter side resized (bilinear), then the centre cut out."""
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Collator:
+    """
+    Examples -> a batch: `pixels` `(B, 3, resolution, resolution)` in [-1, 1] and, if asked for, `cond_ids`: tokens
+    `(B, L)` of `text_column` or classes `(B, 1)` of `label_column`; also the numbers of `skipped_images` and
+    `truncated_captions`.
+
+    Raises `ValueError` with the example's index for an image that cannot be decoded, unless `skip_corrupt_images`.
+    """
+
+    def __init__(
+        self,
+        image_column: str,
+        resolution: int,
+        random_flip: bool = False,
+        skip_corrupt_images: bool = False,
+        text_column: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label_column: str | None = None,
+    ):
+        self.image_column = image_column
+        self.resolution = resolution
+        self.random_flip = random_flip
+        self.skip_corrupt_images = skip_corrupt_images
+        self.text_column = text_column
+        self.tokenizer = tokenizer
+        self.label_column = label_column
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | int]:
+        pixels, kept = [], []
+        for example in examples:
+            try:
+                image = decode_image(example[self.image_column])
+            except Exception as error:
+                if self.skip_corrupt_images:
+                    continue
+                raise ValueError(
+                    f"the image of example {example['index']} cannot be decoded ({error}); "
+                    "--skip_corrupt_images leaves such examples out and counts them"
+                ) from error
+            pixels.append(to_pixels(image, self.resolution))
+            kept.append(example)
+        if not kept:
+            raise ValueError(f"none of the {len(examples)} images of a batch can be decoded")
+        batch = {"pixels": torch.stack(pixels), "skipped_images": len(examples) - len(kept)}
+        if self.random_flip:
+            mirrored = torch.rand(len(kept)) < 0.5
+            batch["pixels"][mirrored] = batch["pixels"][mirrored].flip(-1)
+        if self.text_column is not None:
+            batch["cond_ids"], batch["truncated_captions"] = tokenize(
+                self.tokenizer, [example[self.text_column] for example in kept]
+            )
+        if self.label_column is not None:
+            batch["cond_ids"] = torch.tensor([[example[self.label_column]] for example in kept])
+        return batch
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[torch.Tensor, int]:
+    """Texts -> ids `(B, L)`, L = `tokenizer.model_max_length`, padded and truncated on the right; and how many were."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(texts)["input_ids"]
+    padded = [row[:length] + [tokenizer.pad_token_id] * (length - len(row)) for row in ids]
+    return torch.tensor(padded), sum(len(row) > length for row in ids)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Trains a lower-casing byte-level BPE tokenizer with `[PAD]` as id 0; any text can be written in its vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["[PAD]"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=max_length, padding_side="right"
+    )
+
+
+class TrainingStream:
+    """
+    Endless batches of one rank's share of a data set, reshuffled every epoch from a seed.
+
+    Its position is (epoch, batches taken in it): a stream with the same arguments and a loaded position goes on exactly
+    where the saved one stood.
+
+    Args:
+        dataset: a `datasets.Dataset` or `datasets.IterableDataset`.
+        collate: list of examples -> batch.
+        batch_size: examples per batch; the last batch of an epoch may be smaller.
+        seed: of the shuffle; the same on all ranks.
+        rank, world_size: this process and the number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        collate,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer_size: int = 10_000,
+        num_workers: int = 0,
+    ):
+        self.dataset = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.num_workers = num_workers
+        self.epoch = 0
+        self.batches_in_epoch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches_in_epoch": self.batches_in_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches_in_epoch = state["epoch"], state["batches_in_epoch"]
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            taken = self.batches_in_epoch
+            for batch in self._epoch_loader(skip=taken):
+                self.batches_in_epoch += 1
+                yield batch
+            if taken == 0 and self.batches_in_epoch == 0:
+                raise ValueError(f"the data set has no examples for rank {self.rank} of {self.world_size}")
+            self.epoch, self.batches_in_epoch = self.epoch + 1, 0
+
+    def _epoch_loader(self, skip: int):
+        streaming = isinstance(self.dataset, datasets.IterableDataset)
+        if streaming:
+            dataset = self.dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
+            dataset.set_epoch(self.epoch)
+        else:
+            dataset = self.dataset.shuffle(seed=self.seed + self.epoch, keep_in_memory=True)
+        dataset = split_dataset_by_node(dataset, self.rank, self.world_size)
+        # Workers deal out the examples of a stream among themselves: there, whole batches have to be skipped.
+        skip_batches = skip if streaming and self.num_workers else 0
+        if not skip_batches:
+            dataset = dataset.skip(
+                min(skip * self.batch_size, len(dataset)) if not streaming else skip * self.batch_size
+            )
+        loader = DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            # A loader without its own generator draws a seed from the global one, which would disturb an exact resume.
+            generator=torch.Generator().manual_seed(self.seed + self.epoch),
+        )
+        batches = iter(loader)
+        for _ in range(skip_batches):
+            next(batches)
+        return batches

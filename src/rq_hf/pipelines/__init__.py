@@ -1,0 +1,3 @@
+from .pipeline_rq import RQPipeline, RQPipelineOutput
+
+__all__ = ["RQPipeline", "RQPipelineOutput"]

@@ -1,0 +1,452 @@
+"""What the training scripts share: arguments, the loop with checkpoints and logs, and the average of the weights."""
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import set_seed
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+
+from .data import Collator, DataArguments, TrainingStream
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class OptimizationArguments:
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the finished model."})
+    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
+    train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up; a cosine to zero follows."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's β₁."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's β₂."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay, applied to matrices only."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "Arithmetic of the forward pass.", "choices": ["no", "fp16", "bf16"]}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."}
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": "Decay of the moving average of weights and buffers, which is what is saved; 0 switches it off."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and sampling."})
+    logging_steps: int = field(default=50, metadata={"help": "Log every so many steps."})
+    image_logging_steps: int = field(default=1000, metadata={"help": "Log pictures every so many steps; 0 for never."})
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Save a checkpoint every so many steps."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "Keep only the newest checkpoints."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or 'latest' for the newest in the output folder."}
+    )
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "Tracker beside the JSON lines in log.jsonl.", "choices": ["tensorboard", "none"]},
+    )
+    cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished model to the Hub."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to upload to: user/name."})
+
+    def __post_init__(self):
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name")
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+def parse_arguments(*argument_classes: type, description: str) -> tuple:
+    """Command line -> one object per class; `--help` prints the description as it is, then the options."""
+    from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+
+    class ManualPage(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+        pass
+
+    parser = HfArgumentParser(argument_classes, description=description, formatter_class=ManualPage)
+    return parser.parse_args_into_dataclasses()
+
+
+class JSONLinesTracker(GeneralTracker):
+    """Appends every logged dictionary as one line to `log.jsonl`."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def tracker(self):
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict):
+        self._append({"arguments": values})
+
+    @on_main_process
+    def log(self, values: dict, step: int | None, **kwargs):
+        self._append({"step": step, **values})
+
+    def _append(self, values: dict):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+class WeightAverage:
+    """
+    Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other tensors
+    are copied. The decay warms up as (1 + step) / (10 + step).
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.model = model
+        self.decay = decay
+        self.step = 0
+        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.step += 1
+        weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+        floating, current = [], []
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point():
+                floating.append(self.average[name])
+                current.append(tensor)
+            else:
+                self.average[name].copy_(tensor)
+        torch._foreach_lerp_(floating, current, weight)
+
+    @contextmanager
+    def applied(self):
+        """Inside, the model has the averaged weights."""
+        trained = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(trained)
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        for name, tensor in self.average.items():
+            tensor.copy_(state["average"][name])
+
+
+def create_accelerator(args: OptimizationArguments) -> Accelerator:
+    """Accelerator with the trackers of `args`; seeds all generators, differently on every rank."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    trackers = [JSONLinesTracker(output_dir / "log.jsonl")]
+    if args.report_to == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "--report_to tensorboard needs the package tensorboard: pip install 'rq_hf[train]', or --report_to none"
+            ) from error
+        trackers.append("tensorboard")
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=trackers,
+        project_dir=output_dir,
+    )
+    set_seed(args.seed, device_specific=True)
+    return accelerator
+
+
+def create_stream(
+    accelerator: Accelerator, dataset, collate: Collator, args: OptimizationArguments, data_args: DataArguments
+) -> TrainingStream:
+    """This rank's share of the data set as an endless stream of batches."""
+    return TrainingStream(
+        dataset,
+        collate,
+        batch_size=args.train_batch_size,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        shuffle_buffer_size=data_args.shuffle_buffer_size,
+        num_workers=data_args.dataloader_num_workers,
+    )
+
+
+def create_optimizer(model: torch.nn.Module, args: OptimizationArguments) -> torch.optim.AdamW:
+    """AdamW that decays matrices (two dimensions and more) but neither biases, norms nor codebook."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
+
+
+def train(
+    accelerator: Accelerator,
+    args: OptimizationArguments,
+    model: torch.nn.Module,
+    stream: TrainingStream,
+    compute_loss: Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    make_images: Callable[[], dict[str, torch.Tensor]],
+    configuration: dict,
+) -> None:
+    """
+    Trains `model` in place for `args.max_train_steps` optimizer steps; afterwards it has the averaged weights.
+
+    Args:
+        compute_loss: (model, batch) -> (loss, metrics to be averaged and logged). The model it gets is the prepared one.
+        make_images: -> name: pictures `(B, 3, height, width)` in [0, 1], called with the averaged weights in eval mode.
+        configuration: of the run, for the trackers.
+    """
+    unprepared = model
+    optimizer = create_optimizer(model, args)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    average = WeightAverage(unprepared, args.ema_decay) if args.ema_decay else None
+    accelerator.register_for_checkpointing(scheduler, *([average] if average else []))
+    step = resume(accelerator, args, stream)
+    accelerator.init_trackers("logs", config=configuration)
+
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
+    )
+    meter = Meter(accelerator)
+    batches = iter(stream)
+    model.train()
+    while step < args.max_train_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            with accelerator.accumulate(model):
+                loss, metrics = compute_loss(model, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.add(len(batch["pixels"]), loss=loss, **metrics)
+            meter.count(batch, "skipped_images", "truncated_captions")
+        scheduler.step()
+        if average:
+            average.update()
+        step += 1
+        progress.update()
+
+        if step % args.logging_steps == 0 or step == args.max_train_steps:
+            values = meter.result()
+            values["learning_rate"] = scheduler.get_last_lr()[0]
+            values["epoch"] = stream.epoch
+            accelerator.log(values, step=step)
+            progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}")
+        if args.image_logging_steps and (step % args.image_logging_steps == 0 or step == args.max_train_steps):
+            with averaged_weights(unprepared, average):
+                log_images(accelerator, args, make_images(), step)
+            meter.restart_clock()
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save_checkpoint(accelerator, args, stream, step)
+            meter.restart_clock()
+    progress.close()
+    if average:
+        unprepared.load_state_dict(average.average)
+    unprepared.eval()
+    accelerator.end_training()
+
+
+@contextmanager
+def averaged_weights(model: torch.nn.Module, average: WeightAverage | None):
+    """Inside, the model is in eval mode and has the averaged weights, if there are any; random state is left untouched."""
+    generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        if average is None:
+            yield
+        else:
+            with average.applied():
+                yield
+    finally:
+        model.train()
+        torch.set_rng_state(generators[0])
+        if generators[1]:
+            torch.cuda.set_rng_state_all(generators[1])
+
+
+class Meter:
+    """Means of logged values since the last result, over all ranks, and images per second."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.counts = defaultdict(int)
+        self._reset()
+
+    def _reset(self):
+        self.values = defaultdict(list)
+        self.images = 0
+        self.seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Leaves out the time since the last `add`: what a checkpoint or pictures took."""
+        self.started = time.perf_counter()
+
+    def add(self, images: int, **values: torch.Tensor):
+        for name, value in values.items():
+            self.values[name].append(torch.as_tensor(value).detach())
+        self.images += images
+        self.seconds += time.perf_counter() - self.started
+        self.started = time.perf_counter()
+
+    def count(self, batch: dict, *names: str):
+        """Adds up counters of the batches, over the whole run."""
+        for name in names:
+            self.counts[name] += batch.get(name, 0)
+
+    def result(self) -> dict[str, float]:
+        device = self.accelerator.device
+        means = {name: torch.stack(v).float().mean().to(device) for name, v in self.values.items()}
+        totals = {"images": self.images, **{name: n for name, n in self.counts.items() if n}}
+        means = {name: value.item() for name, value in self.accelerator.reduce(means, "mean").items()}
+        means["images_per_second"] = self.images * self.accelerator.num_processes / self.seconds
+        counts = {name: n for name, n in totals.items() if name != "images"}
+        self._reset()
+        return {**means, **counts}
+
+
+def save_checkpoint(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream, step: int) -> None:
+    """Writes `checkpoint-{step}` beside the others, then renames it: a run killed meanwhile leaves the old ones whole."""
+    output_dir = Path(args.output_dir)
+    destination, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"unfinished-checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(unfinished)
+    position = {"step": step, "num_processes": accelerator.num_processes, **stream.state_dict()}
+    (unfinished / f"position-{accelerator.process_index}.json").write_text(json.dumps(position))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if destination.exists():
+            shutil.rmtree(destination)
+        os.rename(unfinished, destination)
+        for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def resume(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream) -> int:
+    """Loads the checkpoint that `args` name and returns its step, 0 for a new run.
+
+    Raises `ValueError` when that checkpoint does not exist, was written by another number of processes, or when a new
+    run would write over the checkpoints of an old one.
+    """
+    checkpoints = list_checkpoints(Path(args.output_dir))
+    if args.resume_from_checkpoint is None:
+        if checkpoints:
+            raise ValueError(
+                f"{args.output_dir} already holds {checkpoints[-1].name}: "
+                "pass --resume_from_checkpoint latest, or another --output_dir"
+            )
+        return 0
+    if args.resume_from_checkpoint == "latest":
+        if not checkpoints:
+            logger.info(f"no checkpoint in {args.output_dir} yet: a new run")
+            return 0
+        checkpoint = checkpoints[-1]
+    else:
+        checkpoint = Path(args.resume_from_checkpoint)
+    position_file = checkpoint / f"position-{accelerator.process_index}.json"
+    if not position_file.exists():
+        raise ValueError(f"{checkpoint} is not a checkpoint of this script with {accelerator.num_processes} processes")
+    position = json.loads(position_file.read_text())
+    if position["num_processes"] != accelerator.num_processes:
+        raise ValueError(
+            f"{checkpoint} was written by {position['num_processes']} processes, this run has {accelerator.num_processes}"
+        )
+    accelerator.load_state(checkpoint)
+    stream.load_state_dict(position)
+    return position["step"]
+
+
+def log_images(
+    accelerator: Accelerator, args: OptimizationArguments, images: dict[str, torch.Tensor], step: int
+) -> None:
+    """Writes pictures `(B, 3, height, width)` in [0, 1] as grids to `images/` and to TensorBoard."""
+    if not accelerator.is_main_process:
+        return
+    folder = Path(args.output_dir) / "images"
+    folder.mkdir(exist_ok=True)
+    for name, batch in images.items():
+        grid = image_grid(batch)
+        grid.save(folder / f"{name}-{step:07d}.png")
+        if args.report_to == "tensorboard":
+            writer = accelerator.get_tracker("tensorboard", unwrap=True)
+            writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+
+
+def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+    """Pictures `(B, 3, height, width)` in [0, 1] -> one picture, about as many columns as rows."""
+    batch_size, channels, height, width = images.shape
+    columns = columns or math.ceil(batch_size**0.5)
+    rows = math.ceil(batch_size / columns)
+    canvas = torch.ones(rows * columns, channels, height, width)
+    canvas[:batch_size] = images.detach().float().cpu().clamp(0, 1)
+    canvas = canvas.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    canvas = canvas.reshape(rows * height, columns * width, channels)
+    return Image.fromarray((canvas * 255).round().byte().numpy())
+
+
+def save_finished(accelerator: Accelerator, model, destination: Path, args: OptimizationArguments, card: str) -> None:
+    """Saves a model or pipeline with its card, beside what may be there and then in its place; uploads it if asked to."""
+    if accelerator.is_main_process:
+        unfinished = destination.with_name(f"unfinished-{destination.name}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card)
+        if destination.exists():
+            previous = destination.with_name(f"previous-{destination.name}")
+            shutil.rmtree(previous, ignore_errors=True)
+            os.rename(destination, previous)
+        os.rename(unfinished, destination)
+        if args.push_to_hub:
+            from huggingface_hub import create_repo, upload_folder
+
+            create_repo(args.hub_model_id, exist_ok=True)
+            upload_folder(repo_id=args.hub_model_id, folder_path=destination, commit_message="Upload trained model")
+    accelerator.wait_for_everyone()
+
+
+def flat_configuration(*arguments) -> dict:
+    """Arguments as one dictionary of values that any tracker can store."""
+    values = {k: v for args in arguments for k, v in asdict(args).items()}
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}

@@ -1,0 +1,115 @@
+"""What the stage-2 scripts share: the transformer's arguments, its loss on images, and samples while it trains."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+
+
+@dataclass
+class TransformerArguments:
+    rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
+    hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
+    spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
+    depth_layers: int = field(default=4, metadata={"help": "Blocks of the depth transformer; 0 with depth 1 only."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout in the blocks."})
+    labels: str = field(
+        default="soft",
+        metadata={
+            "help": "Targets: the nearest code, or soft labels over all codes with codes drawn from them.",
+            "choices": ["hard", "soft"],
+        },
+    )
+    soft_label_temperature: float = field(
+        default=0.5, metadata={"help": "τ of the soft labels softmax(−‖r − e(k)‖²/τ)."}
+    )
+    cond_dropout: float = field(
+        default=0.1, metadata={"help": "Share of conditions replaced by none, for classifier-free guidance."}
+    )
+
+    def __post_init__(self):
+        if self.labels not in ("hard", "soft"):
+            raise ValueError(f"--labels must be hard or soft, got {self.labels!r}")
+        if self.soft_label_temperature <= 0:
+            raise ValueError(f"--soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"--cond_dropout must lie in [0, 1), got {self.cond_dropout}")
+
+
+def create_transformer(
+    vae: RQVAEModel,
+    args: TransformerArguments,
+    cond_vocab_size: int = 1,
+    cond_length: int = 1,
+    null_cond_id: int | None = None,
+) -> RQTransformerModel:
+    """A new transformer on the codes of `vae`, with a copy of its codebook."""
+    grid = vae.config.sample_size // vae.downsample_factor
+    stack = {
+        "hidden_size": args.hidden_size,
+        "num_attention_heads": args.num_attention_heads,
+        "hidden_dropout": args.hidden_dropout,
+    }
+    config = RQTransformerConfig(
+        code_shape=(grid, grid, vae.config.depth),
+        codebook_size=vae.config.codebook_size,
+        codebook_dim=vae.config.codebook_dim,
+        shared_codebook=vae.config.shared_codebook,
+        cond_vocab_size=cond_vocab_size,
+        cond_length=cond_length,
+        null_cond_id=null_cond_id,
+        spatial_config={**stack, "num_hidden_layers": args.spatial_layers},
+        depth_config={**stack, "num_hidden_layers": args.depth_layers},
+    )
+    model = RQTransformerModel(config)
+    model.set_codebook(vae.quantizer.codebook)
+    return model
+
+
+class TransformerLoss:
+    """(model, batch) -> loss and metrics: encodes the pixels, draws the codes, drops conditions, scores the codes."""
+
+    def __init__(self, vae: RQVAEModel, config: RQTransformerConfig, args: TransformerArguments, autocast):
+        self.vae = vae
+        self.config = config
+        self.args = args
+        self.autocast = autocast
+
+    def __call__(self, model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        soft = self.args.labels == "soft"
+        with torch.no_grad(), self.autocast():
+            latents = self.vae.encode(batch["pixels"]).latents.permute(0, 2, 3, 1)  # (B, H, W, C)
+            temperature = self.args.soft_label_temperature if soft else None
+            codes, residuals = self.vae.quantizer.get_codes(latents, temperature)
+        output = model(
+            codes,
+            self.drop_conditions(batch.get("cond_ids")),
+            labels=None if soft else codes,
+            residuals=residuals if soft else None,
+            soft_label_temperature=self.args.soft_label_temperature,
+            return_logits=False,
+        )
+        metrics = {f"loss_depth_{d}": loss for d, loss in enumerate(output.depth_losses, start=1)}
+        if output.cond_loss is not None:
+            metrics["loss_text"] = output.cond_loss
+        return output.loss, metrics
+
+    def drop_conditions(self, cond_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """Condition ids `(B, L)` with a random share of the rows replaced by the null condition."""
+        if cond_ids is None or self.config.null_cond_id is None:
+            return cond_ids
+        dropped = torch.rand(len(cond_ids), 1, device=cond_ids.device) < self.args.cond_dropout
+        return cond_ids.masked_fill(dropped, self.config.null_cond_id)
+
+
+def model_card(model: RQTransformerModel, usage: str) -> str:
+    """A model card with valid Hub metadata and the lines that load and use the pipeline."""
+    height, width, depth = model.config.code_shape
+    kind = "text-to-image" if model.config.cond_length > 1 else "unconditional-image-generation"
+    return (
+        f"---\nlibrary_name: rq_hf\npipeline_tag: {kind}\ntags:\n- rq-transformer\n---\n\n"
+        f"# RQ-Transformer on {height}×{width}×{depth} codes, {model.num_parameters():,} parameters\n\n"
+        f"```python\nfrom rq_hf import RQPipeline\n\npipe = RQPipeline.from_pretrained(...)\n{usage}.images\n```\n"
+    )
