@@ -1,4 +1,4 @@
-"""The one place that touches the tables of diffusers and transformers, so that their loaders find our classes by name."""
+"""The one place that touches the tables of diffusers and transformers: their loaders find our classes by name."""
 
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES

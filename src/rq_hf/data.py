@@ -1,4 +1,4 @@
-"""From any Hub data set or local files to batches of pixels, captions and labels: seeded, sharded over ranks, resumable."""
+"""From any Hub data set or local files to batches of pixels, captions and labels: seeded, sharded, resumable."""
 
 import glob
 import io
@@ -126,7 +126,7 @@ def decode_image(value) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """RGB image -> `(3, resolution, resolution)` in [-1, 1]: shorter side resized (bilinear), then the centre cut out."""
+    """RGB image -> `(3, resolution, resolution)` in [-1, 1]: shorter side resized (bilinear), then centre crop."""
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -192,7 +192,7 @@ class Collator:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[torch.Tensor, int]:
-    """Texts -> ids `(B, L)`, L = `tokenizer.model_max_length`, padded and truncated on the right; and how many were."""
+    """Texts -> ids `(B, L)`, L = `tokenizer.model_max_length`, padded and cut on the right; and how many were cut."""
     length = tokenizer.model_max_length
     ids = tokenizer(texts)["input_ids"]
     padded = [row[:length] + [tokenizer.pad_token_id] * (length - len(row)) for row in ids]
@@ -200,7 +200,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[torc
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Trains a lower-casing byte-level BPE tokenizer with `[PAD]` as id 0; any text can be written in its vocabulary."""
+    """Trains a lower-casing byte-level BPE tokenizer with `[PAD]` as id 0; its vocabulary can write any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -221,8 +221,8 @@ class TrainingStream:
     """
     Endless batches of one rank's share of a data set, reshuffled every epoch from a seed.
 
-    Its position is (epoch, batches taken in it): a stream with the same arguments and a loaded position goes on exactly
-    where the saved one stood.
+    Its position is (epoch, batches taken in it): a stream with the same arguments and a loaded position goes on
+    exactly where the saved one stood.
 
     Args:
         dataset: a `datasets.Dataset` or `datasets.IterableDataset`.

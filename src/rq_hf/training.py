@@ -117,8 +117,8 @@ class JSONLinesTracker(GeneralTracker):
 
 class WeightAverage:
     """
-    Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other tensors
-    are copied. The decay warms up as (1 + step) / (10 + step).
+    Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other
+    tensors are copied. The decay warms up as (1 + step) / (10 + step).
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
@@ -169,7 +169,7 @@ def create_accelerator(args: OptimizationArguments) -> Accelerator:
             import tensorboard  # noqa: F401
         except ImportError as error:
             raise ImportError(
-                "--report_to tensorboard needs the package tensorboard: pip install 'rq_hf[train]', or --report_to none"
+                "--report_to tensorboard needs tensorboard: pip install 'rq_hf[train]', or --report_to none"
             ) from error
         trackers.append("tensorboard")
     accelerator = Accelerator(
@@ -222,8 +222,8 @@ def train(
     Trains `model` in place for `args.max_train_steps` optimizer steps; afterwards it has the averaged weights.
 
     Args:
-        compute_loss: (model, batch) -> (loss, metrics to be averaged and logged). The model it gets is the prepared one.
-        make_images: -> name: pictures `(B, 3, height, width)` in [0, 1], called with the averaged weights in eval mode.
+        compute_loss: (prepared model, batch) -> (loss, metrics to be averaged and logged).
+        make_images: -> name: pictures `(B, 3, height, width)` in [0, 1]; called with the averaged weights.
         configuration: of the run, for the trackers.
     """
     unprepared = model
@@ -281,7 +281,7 @@ def train(
 
 @contextmanager
 def averaged_weights(model: torch.nn.Module, average: WeightAverage | None):
-    """Inside, the model is in eval mode and has the averaged weights, if there are any; random state is left untouched."""
+    """Inside, the model is in eval mode with the averaged weights, if any; random state is left untouched."""
     generators = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()
     try:
@@ -339,7 +339,7 @@ class Meter:
 
 
 def save_checkpoint(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream, step: int) -> None:
-    """Writes `checkpoint-{step}` beside the others, then renames it: a run killed meanwhile leaves the old ones whole."""
+    """Writes `checkpoint-{step}` under another name, then renames it: a run killed meanwhile harms no other."""
     output_dir = Path(args.output_dir)
     destination, unfinished = output_dir / f"checkpoint-{step}", output_dir / f"unfinished-checkpoint-{step}"
     if accelerator.is_main_process:
@@ -391,7 +391,8 @@ def resume(accelerator: Accelerator, args: OptimizationArguments, stream: Traini
     position = json.loads(position_file.read_text())
     if position["num_processes"] != accelerator.num_processes:
         raise ValueError(
-            f"{checkpoint} was written by {position['num_processes']} processes, this run has {accelerator.num_processes}"
+            f"{checkpoint} was written by {position['num_processes']} processes, "
+            f"this run has {accelerator.num_processes}"
         )
     accelerator.load_state(checkpoint)
     stream.load_state_dict(position)
@@ -427,7 +428,7 @@ def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
 
 
 def save_finished(accelerator: Accelerator, model, destination: Path, args: OptimizationArguments, card: str) -> None:
-    """Saves a model or pipeline with its card, beside what may be there and then in its place; uploads it if asked to."""
+    """Saves a model or pipeline with its card under another name, then renames it; uploads it if asked to."""
     if accelerator.is_main_process:
         unfinished = destination.with_name(f"unfinished-{destination.name}")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -101,7 +101,8 @@ class RQTransformerConfig(PreTrainedConfig):
             )
         if min(self.cond_vocab_size, self.cond_length) < 1:
             raise ValueError(
-                f"cond_vocab_size and cond_length must be at least 1, got {self.cond_vocab_size} and {self.cond_length}"
+                "cond_vocab_size and cond_length must be at least 1, got "
+                f"{self.cond_vocab_size} and {self.cond_length}"
             )
         if self.null_cond_id is not None and not 0 <= self.null_cond_id < self.cond_vocab_size:
             raise ValueError(f"null_cond_id must lie in [0, {self.cond_vocab_size}), got {self.null_cond_id}")

@@ -81,8 +81,8 @@ class RQGenerationMixin(GenerationMixin):
                 computed after top-k. 1 switches it off.
             guidance_scale (`float`): classifier-free guidance with scale s: logits = null + s·(conditional − null);
                 needs `config.null_cond_id`. 1 switches it off.
-            on_position (`Callable`): called with (raster index, codes `(B, H, W, D)`) after every position; the codes it
-                returns, if any, are continued from. Positions that are still to be drawn hold 0.
+            on_position (`Callable`): called with (raster index, codes `(B, H, W, D)`) after every position; the
+                codes it returns, if any, are continued from. Positions that are still to be drawn hold 0.
 
         Returns:
             codes `(B, H, W, D)`, int64.
@@ -150,7 +150,7 @@ class RQGenerationMixin(GenerationMixin):
         return codes.view(batch_size, height, width, depth)
 
     def _resolve_settings(self, generation_config: GenerationConfig | None, **given) -> dict:
-        """Fills what was not given from the generation config, and checks it; one value per depth where that applies."""
+        """Fills what was not given from the generation config, and checks it; lists have one value per depth."""
         defaults = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance_scale": 1.0}
         config = self.generation_config if generation_config is None else generation_config
         settings = {}
@@ -251,7 +251,7 @@ def sample_codes(
     top_p: float,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """One code per row of logits `(B, K)` float32: the most likely, or a draw after temperature, top-k, top-p. `(B,)`"""
+    """One code per row of logits `(B, K)` float32: the most likely, or drawn after temperature, top-k, top-p."""
     if not do_sample:
         return logits.argmax(dim=-1)
     probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)

@@ -208,10 +208,11 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     @torch.no_grad()
     def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copies the RQ-VAE's codebook `(M, K, C)` (`vae.quantizer.codebook`). Raises `ValueError` for another shape."""
+        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape."""
         if codebook.shape != self.codebook.shape:
             raise ValueError(
-                f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}"
+                f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
+                f"got {tuple(codebook.shape)}"
             )
         self.codebook.copy_(codebook)
 
@@ -325,7 +326,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             raise ValueError(f"cond_ids must have the shape ({batch_size}, {length}), got {tuple(cond_ids.shape)}")
         if cond_ids.numel() and not 0 <= int(cond_ids.min()) <= int(cond_ids.max()) < vocab_size:
             raise ValueError(
-                f"cond_ids must lie in [0, {vocab_size}), got values from {int(cond_ids.min())} to {int(cond_ids.max())}"
+                f"cond_ids must lie in [0, {vocab_size}), "
+                f"got values from {int(cond_ids.min())} to {int(cond_ids.max())}"
             )
         return cond_ids
 

@@ -1,7 +1,7 @@
 """Residual quantization (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
 
-Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shape), `C` channels of a vector = dimension
-of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share one, else D).
+Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shape), `C` channels of a vector =
+dimension of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share it, else D).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ MAX_PAIRS = 2**24
 class QuantizerOutput:
     """
     Args:
-        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D chosen codewords, with the straight-through gradient.
+        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D codewords, with the straight-through gradient.
         codes (`torch.Tensor` of shape `(..., D)`, int64): the chosen codes, coarse to fine.
         commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of ‖z − sg[ẑ⁽ᵈ⁾]‖² (eq. 7), per channel.
         codebook_loss (`torch.Tensor`, scalar, or `None`): the same with the gradient on the codewords; only when the
@@ -207,7 +207,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update_codebook(self, residual: torch.Tensor, code: torch.Tensor, d: int) -> None:
-        """Moves the codewords of depth d towards the means of their residuals (N, C), in the authors' order of operations."""
+        """Moves the codewords of depth d towards the means of their residuals `(N, C)`, in the authors' order."""
         m = 0 if self.shared_codebook else d
         count = torch.bincount(code, minlength=self.codebook_size).to(residual.dtype)  # (K,)
         total = torch.zeros_like(self.cluster_sum[m], dtype=residual.dtype).index_add_(0, code, residual)  # (K, C)
@@ -232,7 +232,7 @@ class ResidualQuantizer(nn.Module):
         self.codebook[m] = cluster_sum / smoothed[:, None]
 
     def _restart_candidates(self, residual: torch.Tensor) -> torch.Tensor:
-        """K residuals of the batch in random order, repeated with a little noise where there are fewer. (N, C) -> (K, C)"""
+        """K residuals of the batch in random order, repeated with a little noise where N < K. (N, C) -> (K, C)"""
         repeats = -(-self.codebook_size // len(residual))
         if repeats > 1:
             residual = residual.repeat(repeats, 1)

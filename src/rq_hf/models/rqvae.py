@@ -32,7 +32,7 @@ class RQVAEEncoderOutput(BaseOutput):
 class RQVAEQuantizerOutput(BaseOutput):
     """
     Args:
-        quantized (`torch.Tensor` of shape `(B, C, H, W)`): sum of the chosen codewords, with the straight-through gradient.
+        quantized (`torch.Tensor` of shape `(B, C, H, W)`): sum of the codewords, with the straight-through gradient.
         codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
         commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
         codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
@@ -71,7 +71,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         down_block_types (`tuple[str, ...]`): block of every level, fine to coarse; attention at a level is
             `"AttnDownEncoderBlock2D"` instead of `"DownEncoderBlock2D"`.
         up_block_types (`tuple[str, ...]`): likewise for the decoder, coarse to fine (`"AttnUpDecoderBlock2D"`).
-        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; between levels the image is halved.
+        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; each halves the image before.
         layers_per_block (`int`): residual blocks per level (the decoder has one more).
         mid_block_add_attention (`bool`): attention between the two residual blocks of the coarsest level.
         norm_num_groups (`int`): groups of the group normalization; divides every width.

@@ -163,8 +163,8 @@ class RQPipeline(DiffusionPipeline):
                 [`RQTransformerModel.generate`]; what is left out comes from the model's `generation_config`.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`, which gives the codes.
             return_dict (`bool`): [`RQPipelineOutput`], or the tuple (images, codes).
-            callback_on_step_end (`Callable`): called after every position with (pipeline, step, raster index, tensors);
-                the tensors it returns are continued from.
+            callback_on_step_end (`Callable`): called after every position with (pipeline, step, raster index,
+                tensors); the tensors it returns are continued from.
             callback_on_step_end_tensor_inputs (list of `str`): tensors to pass to it; there is `"codes"`.
 
         Example:

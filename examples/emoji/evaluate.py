@@ -1,0 +1,107 @@
+"""Measure a text-to-emoji pipeline: reconstruction, codebook usage, and retrieval.
+
+    python examples/emoji/evaluate.py --data data/emoji --output runs/emoji-figures.json
+
+Reconstruction: PSNR of every picture against its reconstruction as 8-bit pictures, averaged over the pictures.
+Retrieval: one picture is drawn per caption, and all real pictures are ranked by their pixel L2 distance to it; rank 1
+means that no real picture is nearer than the right one (a few captions share one picture). 300 training captions, and
+all held-out ones: combinations of words the model has never seen together.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+
+from rq_hf import EMOJI_MODEL, RQPipeline
+from rq_hf.models.quantizer import codebook_health, count_codes
+
+
+def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
+    """Captions and pictures `(N, 3, 64, 64)` in [0, 1] of a parquet file."""
+    data = datasets.load_dataset("parquet", data_files=str(path), split="train")
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in data["image"]])
+    return list(data["text"]), torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def reconstruction(pipe: RQPipeline, pictures: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Mean PSNR in dB, and how often each code occurs at each depth `(D, K)`."""
+    psnr, counts = [], 0
+    for batch in pictures.split(64):
+        codes = pipe.encode_image(batch)
+        decoded = (pipe.decode_codes(codes, output_type="pt") * 255).round() / 255
+        psnr.append(-10 * (decoded - batch).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10())
+        counts = counts + count_codes(codes, pipe.vae.config.codebook_size)
+    return torch.cat(psnr).mean().item(), counts
+
+
+def retrieval_ranks(
+    pipe: RQPipeline, captions: list[str], right: torch.Tensor, candidates: torch.Tensor, seed: int, **sampling
+) -> torch.Tensor:
+    """Rank, from 1, of the right picture among the candidates by distance to the drawn one. `(len(captions),)`"""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = []
+    for start in range(0, len(captions), 64):
+        rows = slice(start, start + 64)
+        drawn = pipe(captions[rows], generator=generator, output_type="pt", **sampling).images
+        distances = torch.cdist(drawn.flatten(1), candidates.flatten(1))
+        nearest_right = torch.linalg.vector_norm((drawn - right[rows]).flatten(1), dim=1)
+        # A tolerance, because the two ways to compute a distance round differently.
+        ranks.append(1 + (distances < nearest_right[:, None] * (1 - 1e-4)).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=EMOJI_MODEL, help="pipeline to measure")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder written by make_dataset.py")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--captions", type=int, default=300, help="training captions to draw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of captions and of the sampling")
+    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("guidance_scale", float)):
+        parser.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    args = parser.parse_args()
+    sampling = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "guidance_scale")}
+
+    pipe = RQPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    train_captions, train_pictures = load_split(args.data / "train.parquet")
+    held_captions, held_pictures = load_split(args.data / "held_out.parquet")
+    candidates = torch.cat([train_pictures, held_pictures])
+
+    train_psnr, counts = reconstruction(pipe, train_pictures)
+    held_psnr, _ = reconstruction(pipe, held_pictures)
+    health = codebook_health(counts)
+    chosen = torch.randperm(len(train_captions), generator=torch.Generator().manual_seed(args.seed))[: args.captions]
+    train_ranks = retrieval_ranks(
+        pipe, [train_captions[i] for i in chosen], train_pictures[chosen], candidates, args.seed, **sampling
+    )
+    held_ranks = retrieval_ranks(pipe, held_captions, held_pictures, candidates, args.seed, **sampling)
+
+    own = pipe.transformer.generation_config
+    figures = {
+        "sampling": {n: getattr(own, n, None) if given is None else given for n, given in sampling.items()},
+        "seed": args.seed,
+        "psnr_train": train_psnr,
+        "psnr_held_out": held_psnr,
+        "usage_per_depth": health["usage"].tolist(),
+        "perplexity_per_depth": health["perplexity"].tolist(),
+        "candidates": len(candidates),
+        "train_captions": len(train_ranks),
+        "train_top1": (train_ranks <= 1).float().mean().item(),
+        "train_top5": (train_ranks <= 5).float().mean().item(),
+        "held_out_captions": len(held_ranks),
+        "held_out_top1": (held_ranks <= 1).float().mean().item(),
+        "held_out_top5": (held_ranks <= 5).float().mean().item(),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Turn a trained pipeline into the small one that is published: half-precision files and default sampling settings.
+
+    python examples/emoji/export.py --pipeline runs/emoji/pipeline --output src/rq_hf/emoji_model \\
+        --card model_cards/emoji.md --top_p 0.9
+
+Weights are stored in half precision and computed with in single precision when loaded.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from rq_hf import RQPipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, required=True, help="folder of the trained pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--card", type=Path, help="model card, copied to README.md")
+    parser.add_argument("--temperature", type=float, help="default temperature")
+    parser.add_argument("--top_k", type=int, help="default top-k")
+    parser.add_argument("--top_p", type=float, help="default top-p")
+    parser.add_argument("--guidance_scale", type=float, help="default guidance scale")
+    args = parser.parse_args()
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists already; move it away first")
+
+    pipe = RQPipeline.from_pretrained(str(args.pipeline))
+    generation_config = pipe.transformer.generation_config
+    generation_config.do_sample = True
+    for name in ("temperature", "top_k", "top_p", "guidance_scale"):
+        if getattr(args, name) is not None:
+            setattr(generation_config, name, getattr(args, name))
+
+    unfinished = args.output.with_name(f"unfinished-{args.output.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipe.to(dtype=torch.float16, silence_dtype_warnings=True).save_pretrained(unfinished)
+    config_file = unfinished / "transformer" / "config.json"
+    config = json.loads(config_file.read_text())
+    config["dtype"] = "float32"
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    if args.card is not None:
+        shutil.copy(args.card, unfinished / "README.md")
+    unfinished.rename(args.output)
+    size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+    print(f"{args.output}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+import os
+
+# A run that brings its own Hub names it in HF_ENDPOINT.
+if "HF_ENDPOINT" not in os.environ:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
