@@ -40,6 +40,8 @@ from rq_hf.transformer_training import (
 
 @dataclass
 class ClassArguments:
+    _argument_group_name = "classes"
+
     label_column: str | None = field(default=None, metadata={"help": "Column with the classes; none: unconditional."})
     num_classes: int | None = field(
         default=None, metadata={"help": "Number of classes (default: what the data set declares)."}

@@ -38,6 +38,8 @@ from rq_hf.training import (
 
 @dataclass
 class RQVAEArguments:
+    _argument_group_name = "model and losses"
+
     resolution: int = field(default=256, metadata={"help": "Height and width of the pictures."})
     block_out_channels: list[int] = field(
         default_factory=lambda: [128, 128, 256, 256, 512, 512],
@@ -111,7 +113,7 @@ def compute_loss(model, batch: dict, args: RQVAEArguments) -> tuple[torch.Tensor
 
 
 def reconstructions(model: RQVAEModel, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pictures in the upper half of a grid, their reconstructions in the lower."""
+    """Pictures, and their reconstructions after them."""
     with torch.no_grad():
         sample = model(pixels.to(model.device)).sample.cpu()
     return {"reconstructions": torch.cat([pixels, sample]) / 2 + 0.5}

@@ -44,6 +44,8 @@ from rq_hf.transformer_training import (
 
 @dataclass
 class TextArguments:
+    _argument_group_name = "text"
+
     text_column: str = field(default="text", metadata={"help": "Column with the captions."})
     text_length: int = field(default=32, metadata={"help": "Tokens of a caption, padded or cut to this length."})
     tokenizer: str | None = field(

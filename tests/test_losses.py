@@ -39,7 +39,7 @@ def plain_depth_losses(classified, labels, soft_labels, soft):
 
 
 def relative_error(actual, expected):
-    return float((actual - expected).norm() / expected.norm())
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 @label_kinds

@@ -234,20 +234,26 @@ def test_config_survives_saving(tmp_path):
     assert loaded.quantizer.codebook.shape == (D, K, C)
 
 
+def test_half_precision_leaves_the_quantizer_in_float32(tmp_path, vae):
+    vae.save_pretrained(tmp_path)
+    half = RQVAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == half.encoder.conv_in.weight.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in half.quantizer.state_dict().values()} == {torch.float32}
+    assert torch.equal(half.quantizer.codebook, vae.quantizer.codebook)
+
+
 @pytest.mark.parametrize("how", ["from_pretrained", "to"])
-def test_half_precision_leaves_the_quantizer_in_float32(tmp_path, vae, pixels, how):
+def test_half_precision_runs_and_is_close(tmp_path, vae, pixels, how):
     vae.save_pretrained(tmp_path)
     if how == "to":
         half = RQVAEModel.from_pretrained(tmp_path).to(torch.bfloat16)
     else:
         half = RQVAEModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert {tensor.dtype for tensor in half.quantizer.state_dict().values()} == {torch.float32}
-    assert torch.equal(half.quantizer.codebook, vae.quantizer.codebook)
     out = half(pixels.bfloat16())
-    assert out.sample.dtype == half.decode_codes(out.codes).sample.dtype == torch.bfloat16
+    decoded = half.decode_codes(out.codes).sample
+    assert out.sample.dtype == decoded.dtype == torch.bfloat16
     assert out.commitment_loss.dtype == torch.float32
-    torch.testing.assert_close(half.decode_codes(out.codes).sample.float(), vae.decode_codes(out.codes).sample, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(decoded.float(), vae.decode_codes(out.codes).sample, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("method", ["encode", "__call__", "get_codes", "get_soft_codes"])
@@ -273,7 +279,11 @@ def test_bad_pixels_are_errors(vae, method, pixels, error, message):
     [
         (torch.full((1, H, W, D), K), ValueError, rf"\[0, {K}\), got values from {K} to {K}"),
         (torch.full((1, H, W, D), -1), ValueError, rf"\[0, {K}\), got values from -1 to -1"),
-        (torch.zeros(1, H, W, D - 1, dtype=torch.long), ValueError, rf"\(B, H, W, {D}\), got \(1, {H}, {W}, {D - 1}\)"),
+        (
+            torch.zeros(1, H, W, D - 1, dtype=torch.long),
+            ValueError,
+            rf"\(B, H, W, {D}\), got \(1, .*{D - 1}\)",
+        ),
         (torch.zeros(H, W, D, dtype=torch.long), ValueError, rf"\(B, H, W, {D}\), got \({H}, {W}, {D}\)"),
         (torch.zeros(1, H, W, D), TypeError, "int64, got torch.float32"),
         (torch.zeros(1, H, W, D, dtype=torch.int32), TypeError, "int64, got torch.int32"),

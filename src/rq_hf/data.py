@@ -27,6 +27,8 @@ BUILDERS = {
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set on the Hub, or a local folder of images or parquet files."}
     )

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ logger = get_logger(__name__)
 
 @dataclass
 class OptimizationArguments:
+    _argument_group_name = "run and optimization"
+
     output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the finished model."})
     max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
@@ -39,8 +42,12 @@ class OptimizationArguments:
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's β₂."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay, applied to matrices only."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Arithmetic of the forward pass.", "choices": ["no", "fp16", "bf16"]}
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arithmetic of the forward pass (default: as accelerate is configured).",
+            "choices": ["no", "fp16", "bf16"],
+        },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."}
@@ -77,14 +84,29 @@ class OptimizationArguments:
             raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
 
 
+class ManualPage(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with the description as it is, one name per option, and only defaults that say something."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        if isinstance(action.const, bool):
+            return action.option_strings[0]
+        kind = getattr(action.type, "__name__", "value") if action.choices is None else "|".join(action.choices)
+        return f"{action.option_strings[0]} {kind}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action):
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def parse_arguments(*argument_classes: type, description: str) -> tuple:
-    """Command line -> one object per class; `--help` prints the description as it is, then the options."""
-    from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-
-    class ManualPage(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        pass
-
-    parser = HfArgumentParser(argument_classes, description=description, formatter_class=ManualPage)
+    """Command line -> one object per class. The help is a manual page: the description, then the options by group."""
+    usage = "%(prog)s --output_dir FOLDER [options]"
+    parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=ManualPage)
     return parser.parse_args_into_dataclasses()
 
 
@@ -238,7 +260,7 @@ def train(
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
-    meter = Meter(accelerator)
+    meter = Meter(accelerator, "skipped_images", "truncated_captions")
     batches = iter(stream)
     model.train()
     while step < args.max_train_steps:
@@ -251,8 +273,7 @@ def train(
                     metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            meter.add(len(batch["pixels"]), loss=loss, **metrics)
-            meter.count(batch, "skipped_images", "truncated_captions")
+            meter.add(batch, loss=loss, **metrics)
         scheduler.step()
         if average:
             average.update()
@@ -298,11 +319,12 @@ def averaged_weights(model: torch.nn.Module, average: WeightAverage | None):
 
 
 class Meter:
-    """Means of logged values since the last result, over all ranks, and images per second."""
+    """Means of logged values since the last result and counts since the start, over all ranks; images per second."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, *counters: str):
         self.accelerator = accelerator
-        self.counts = defaultdict(int)
+        self.counts = torch.zeros(len(counters))
+        self.counters = counters
         self._reset()
 
     def _reset(self):
@@ -315,27 +337,22 @@ class Meter:
         """Leaves out the time since the last `add`: what a checkpoint or pictures took."""
         self.started = time.perf_counter()
 
-    def add(self, images: int, **values: torch.Tensor):
+    def add(self, batch: dict, **values: torch.Tensor):
         for name, value in values.items():
             self.values[name].append(torch.as_tensor(value).detach())
-        self.images += images
+        self.counts += torch.tensor([batch.get(name, 0) for name in self.counters])
+        self.images += len(batch["pixels"])
         self.seconds += time.perf_counter() - self.started
         self.started = time.perf_counter()
 
-    def count(self, batch: dict, *names: str):
-        """Adds up counters of the batches, over the whole run."""
-        for name in names:
-            self.counts[name] += batch.get(name, 0)
-
     def result(self) -> dict[str, float]:
-        device = self.accelerator.device
-        means = {name: torch.stack(v).float().mean().to(device) for name, v in self.values.items()}
-        totals = {"images": self.images, **{name: n for name, n in self.counts.items() if n}}
-        means = {name: value.item() for name, value in self.accelerator.reduce(means, "mean").items()}
-        means["images_per_second"] = self.images * self.accelerator.num_processes / self.seconds
-        counts = {name: n for name, n in totals.items() if name != "images"}
+        means = {name: torch.stack(v).float().mean() for name, v in self.values.items()}
+        result = {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
+        result["images_per_second"] = self.images * self.accelerator.num_processes / self.seconds
+        counts = self.accelerator.reduce(self.counts.to(self.accelerator.device), "sum").tolist()
+        result.update((name, int(count)) for name, count in zip(self.counters, counts) if count)
         self._reset()
-        return {**means, **counts}
+        return result
 
 
 def save_checkpoint(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream, step: int) -> None:
@@ -415,10 +432,9 @@ def log_images(
             writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
-    """Pictures `(B, 3, height, width)` in [0, 1] -> one picture, about as many columns as rows."""
+def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
+    """Pictures `(B, 3, height, width)` in [0, 1] -> one picture with rows of `columns`."""
     batch_size, channels, height, width = images.shape
-    columns = columns or math.ceil(batch_size**0.5)
     rows = math.ceil(batch_size / columns)
     canvas = torch.ones(rows * columns, channels, height, width)
     canvas[:batch_size] = images.detach().float().cpu().clamp(0, 1)

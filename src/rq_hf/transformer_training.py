@@ -9,6 +9,8 @@ from .models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 
 @dataclass
 class TransformerArguments:
+    _argument_group_name = "transformer"
+
     rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
     hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
     spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})

@@ -1,0 +1,374 @@
+import math
+
+import pytest
+import torch
+from tiny import KINDS, STACK, D, H, K, L, T, W, tiny_codes, tiny_condition, tiny_transformer
+from transformers import GenerationConfig
+
+from rq_hf import RQTransformerModel
+from rq_hf.models.generation_rqtransformer import filter_logits, sample_codes
+
+GREEDY = {"do_sample": False}
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+variants = pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"shared_classifier": False, "shared_codebook": False},
+        {"cumulative_depth_inputs": False},
+        {"code_shape": (H, W, 1), "depth_config": STACK | {"num_hidden_layers": 0}},
+        {"code_shape": (1, 1, D)},
+    ],
+    ids=["shared", "per depth", "last codeword", "no depth stack", "one position"],
+)
+
+
+def seeded_generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def greedy_by_forward(model, cond_ids, batch_size=2, prefix_codes=None, start=0, scale=None):
+    """Greedy codes from whole teacher-forced passes, without any cache."""
+    shape = model.config.code_shape
+    codes = torch.zeros(batch_size, *shape, dtype=torch.long) if prefix_codes is None else prefix_codes.clone()
+    codes = codes.flatten(1, 2)
+    codes[:, start:] = 0
+    for position in range(start, codes.shape[1]):
+        for d in range(shape[-1]):
+            logits = model(codes.view(batch_size, *shape), cond_ids).logits
+            if scale is not None:
+                null = model(codes.view(batch_size, *shape), torch.full_like(cond_ids, model.config.null_cond_id))
+                logits = null.logits + scale * (logits - null.logits)
+            codes[:, position, d] = logits.flatten(1, 2)[:, position, d].argmax(dim=-1)
+    return codes.view(batch_size, *shape)
+
+
+@kinds
+@variants
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cached_greedy_codes_equal_uncached_ones(kind, overrides, attention):
+    model, ids = tiny_transformer(kind, **overrides), tiny_condition(kind)
+    expected = greedy_by_forward(model, ids)
+    model.set_attn_implementation(attention)
+    codes = model.generate(ids, num_images=2, **GREEDY)
+    assert codes.dtype == torch.long
+    assert torch.equal(codes, expected)
+
+
+@kinds
+@pytest.mark.parametrize("start", [1, T - 1, T])
+def test_greedy_codes_continue_a_prefix(kind, start):
+    model, ids, prefix = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+    codes = model.generate(ids, prefix_codes=prefix, start=start, **GREEDY)
+    assert torch.equal(codes.flatten(1, 2)[:, :start], prefix.flatten(1, 2)[:, :start])
+    assert torch.equal(codes, greedy_by_forward(model, ids, prefix_codes=prefix, start=start))
+    assert torch.equal(codes, prefix) == (start == T)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("start", [0, 2])
+def test_guided_greedy_codes_equal_the_manual_combination(kind, scale, start):
+    model, ids, prefix = tiny_transformer(kind), tiny_condition(kind), tiny_codes() if start else None
+    codes = model.generate(ids, prefix_codes=prefix, start=start, guidance_scale=scale, **GREEDY)
+    expected = greedy_by_forward(model, ids, prefix_codes=prefix, start=start, scale=scale)
+    assert torch.equal(codes, expected)
+    assert not torch.equal(codes, model.generate(ids, prefix_codes=prefix, start=start, **GREEDY))
+
+
+def test_guidance_of_one_is_none():
+    model, ids = tiny_transformer("class"), tiny_condition("class")
+    assert torch.equal(model.generate(ids, guidance_scale=1.0, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_conditions_may_be_flat_when_they_are_single_ids():
+    model, ids = tiny_transformer("class"), torch.tensor([0, 2, 1])
+    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids[:, None], **GREEDY))
+
+
+@pytest.mark.parametrize("num_images", [None, 1, 3])
+def test_an_unconditional_model_draws_as_many_images_as_asked_for(num_images):
+    codes = tiny_transformer().generate(num_images=num_images)
+    assert codes.shape == (num_images or 1, H, W, D)
+    assert 0 <= codes.min() <= codes.max() < K
+
+
+@kinds
+def test_the_generator_alone_decides(kind):
+    model, ids = tiny_transformer(kind), tiny_condition(kind)
+    torch.manual_seed(1)
+    first = model.generate(ids, num_images=2, generator=seeded_generator())
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = model.generate(ids, num_images=2, generator=seeded_generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, model.generate(ids, num_images=2, generator=seeded_generator(1)))
+
+
+def test_without_a_generator_the_global_seed_decides():
+    model, drawn = tiny_transformer(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(num_images=2))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=["top_k", "top_p", "temperature"]
+)
+def test_extreme_settings_are_greedy(setting):
+    model = tiny_transformer()
+    codes = model.generate(num_images=5, **setting)
+    assert torch.equal(codes, model.generate(num_images=5, **GREEDY))
+
+
+@pytest.mark.parametrize("name, greedy, free", [("top_k", 1, K), ("top_p", 1e-6, 1.0), ("temperature", 1e-6, 3.0)])
+@pytest.mark.parametrize("greedy_depths", [[0], [0, 1], [1, 2, 3]])
+def test_settings_per_depth(name, greedy, free, greedy_depths):
+    model = tiny_transformer()
+    values = [greedy if d in greedy_depths else free for d in range(D)]
+    codes = model.generate(num_images=20, **{name: values})
+    most_likely = model(codes).logits.argmax(dim=-1)
+    is_greedy = [torch.equal(codes[..., d], most_likely[..., d]) for d in range(D)]
+    assert is_greedy == [d in greedy_depths for d in range(D)]
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return (((counts - expected) ** 2)[expected > 0] / expected[expected > 0]).sum().item()
+
+
+@pytest.mark.parametrize("kind, scale", [("none", 1.0), ("class", 1.0), ("class", 2.5)])
+def test_drawn_codes_follow_the_probabilities_of_the_model(kind, scale):
+    model = tiny_transformer(kind, code_shape=(1, 1, 2), codebook_size=5)
+    num_images = 5000
+    ids = None if kind == "none" else torch.full((num_images, 1), 2)
+    codes = model.generate(
+        ids, num_images=num_images, generator=seeded_generator(), temperature=1.5, guidance_scale=scale
+    )
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))  # all code maps there are
+    logits = model(pairs.view(25, 1, 1, 2), None if ids is None else ids[:25]).logits
+    if kind == "class":
+        null = model(pairs.view(25, 1, 1, 2), torch.full((25, 1), model.config.null_cond_id)).logits
+        logits = null + scale * (logits - null)
+    log_probabilities = (logits / 1.5).log_softmax(dim=-1).view(25, 2, 5)
+    joint = log_probabilities.gather(-1, pairs[..., None]).sum(dim=(1, 2)).exp()
+    torch.testing.assert_close(joint.sum(), torch.tensor(1.0))
+    counts = torch.bincount(codes.view(-1, 2) @ torch.tensor([5, 1]), minlength=25)
+    assert chi_square(counts, joint) < 60  # 24 degrees of freedom
+
+
+def brute_force_filter(logits, top_k, top_p):
+    ranked = sorted(range(len(logits)), key=lambda k: -logits[k])
+    kept = [k for k in ranked if logits[k] >= logits[ranked[top_k - 1]]]
+    mass = [math.exp(logits[k]) for k in kept]
+    return {k for i, k in enumerate(kept) if sum(mass[:i]) / sum(mass) < top_p}
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 7, 20])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+def test_filter_keeps_the_nucleus_of_the_most_likely_codes(top_k, top_p):
+    logits = 2 * torch.randn(30, 20)
+    filtered = filter_logits(logits, top_k, top_p)
+    for row, original in zip(filtered, logits):
+        kept = row > -math.inf
+        assert set(kept.nonzero().flatten().tolist()) == brute_force_filter(original.tolist(), top_k, top_p)
+        assert torch.equal(row[kept], original[kept])
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, kept",
+    [
+        (1, 1.0, [3]),
+        (2, 1.0, [0, 1, 3]),
+        (3, 1.0, [0, 1, 3]),
+        (4, 1.0, [0, 1, 3, 4]),
+        (5, 0.399, [3]),
+        (5, 0.601, [0, 1, 3]),
+        (4, 0.81, [0, 1, 3]),
+        (4, 0.85, [0, 1, 3, 4]),
+    ],
+)
+def test_filter_by_hand(top_k, top_p, kept):
+    logits = torch.tensor([[0.2, 0.2, 0.05, 0.4, 0.15]]).log()
+    kept_here = (filter_logits(logits, top_k, top_p) > -math.inf)[0].nonzero().flatten().tolist()
+    assert kept_here == kept
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 8, 1.0), (0.5, 5, 1.0), (2.0, 8, 0.7), (1.3, 5, 0.8)])
+def test_sampled_frequencies_are_the_filtered_probabilities(generator, temperature, top_k, top_p):
+    logits = torch.randn(8)
+    support = brute_force_filter((logits / temperature).tolist(), top_k, top_p)
+    probabilities = torch.tensor([math.exp(logits[k] / temperature) if k in support else 0.0 for k in range(8)])
+    codes = sample_codes(logits.expand(20_000, 8), True, temperature, top_k, top_p, generator)
+    counts = torch.bincount(codes, minlength=8)
+    assert set(counts.nonzero().flatten().tolist()) == support
+    assert chi_square(counts, probabilities / probabilities.sum()) < 30
+
+
+def test_on_position_sees_every_position_in_raster_order():
+    model, seen = tiny_transformer(), []
+    codes = model.generate(num_images=2, on_position=lambda position, codes: seen.append((position, codes.clone())))
+    assert [position for position, _ in seen] == list(range(T))
+    for position, so_far in seen:
+        assert torch.equal(so_far.flatten(1, 2)[:, : position + 1], codes.flatten(1, 2)[:, : position + 1])
+        assert not so_far.flatten(1, 2)[:, position + 1 :].any()
+
+
+@pytest.mark.parametrize("kind, scale", [("none", 1.0), ("class", 2.0)])
+@pytest.mark.parametrize("first_replaced", [1, 0], ids=["last position", "earlier positions too"])
+def test_replaced_codes_are_continued_from(kind, scale, first_replaced):
+    model, ids, other = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+    settings = GREEDY | {"num_images": 2, "guidance_scale": scale}
+    plain = model.generate(ids, **settings)
+    other.flatten(1, 2)[:, :first_replaced] = plain.flatten(1, 2)[:, :first_replaced]
+    changed = model.generate(ids, on_position=lambda i, codes: other if i == 1 else None, **settings)
+    assert torch.equal(changed, model.generate(ids, prefix_codes=other, start=2, **settings))
+    assert not torch.equal(changed, plain)
+
+
+def test_replaced_codes_are_not_written_to():
+    other = tiny_codes()
+    before = other.clone()
+    tiny_transformer().generate(num_images=2, on_position=lambda position, codes: other if position == 0 else None)
+    assert torch.equal(other, before)
+
+
+def test_prefix_is_not_written_to():
+    prefix = tiny_codes()
+    before = prefix.clone()
+    tiny_transformer().generate(prefix_codes=prefix, start=2)
+    assert torch.equal(prefix, before)
+
+
+def test_replaced_codes_are_checked():
+    with pytest.raises(ValueError, match=rf"codes must lie in \[0, {K}\)"):
+        tiny_transformer().generate(on_position=lambda position, codes: codes + K)
+
+
+SETTINGS = {
+    "greedy": {"do_sample": False},
+    "numbers": {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "guidance_scale": 2.0},
+    "per depth": {"temperature": [1.0, 0.9, 0.8, 0.7], "top_k": [K, 9, 6, 3], "top_p": [1.0, 0.9, 0.9, 0.8]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_saved_generation_config_is_the_default(tmp_path, settings):
+    model, ids = tiny_transformer("class"), torch.arange(4)
+    plain = model.generate(ids, generator=seeded_generator())
+    expected = model.generate(ids, generator=seeded_generator(), **settings)
+    model.generation_config = GenerationConfig(**{"do_sample": True} | settings)
+    model.save_pretrained(tmp_path)
+    loaded = RQTransformerModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, generator=seeded_generator()), expected)
+    assert not torch.equal(expected, plain)
+
+
+def test_arguments_override_the_generation_config():
+    model, ids = tiny_transformer("class"), torch.arange(4)
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": K, "top_p": 1.0, "guidance_scale": 1.0}
+    expected = model.generate(ids, generator=seeded_generator())
+    model.generation_config = GenerationConfig(
+        do_sample=False, temperature=0.1, top_k=2, top_p=0.5, guidance_scale=3.0
+    )
+    assert torch.equal(model.generate(ids, generator=seeded_generator(), **plain), expected)
+    assert torch.equal(
+        model.generate(ids, generation_config=GenerationConfig(**plain), generator=seeded_generator()), expected
+    )
+    assert not torch.equal(model.generate(ids), expected)
+
+
+def test_default_settings_draw_from_the_whole_distribution():
+    model = tiny_transformer(code_shape=(1, 1, 1), codebook_size=100, initializer_range=0.01)
+    codes = model.generate(num_images=5000)
+    assert len(codes.unique()) == 100
+
+
+def test_generation_leaves_training_state_alone():
+    model = tiny_transformer().train()
+    codes = model.generate(num_images=2)
+    assert model.training
+    assert not codes.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_autocast_generation_runs():
+    model = tiny_transformer("class")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = model.generate(torch.tensor([0, 1]), guidance_scale=2.0)
+    assert codes.shape == (2, H, W, D)
+
+
+def test_half_precision_generation_agrees_at_first():
+    model = tiny_transformer()
+    expected = model.generate(**GREEDY)
+    codes = model.bfloat16().generate(**GREEDY)
+    assert codes[0, 0, 0, 0] == expected[0, 0, 0, 0]
+
+
+def test_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        tiny_transformer().generate(max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be greater than 0.*do_sample=False is greedy"),
+        ({"temperature": -1.0}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": math.inf}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": [1.0, 1.0, 1.0, 0.0]}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": [1.0] * (D - 1)}, ValueError, rf"temperature must be .* one per depth \({D}\), got {D - 1}"),
+        ({"top_k": 0}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": -1}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": 2.5}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": [1] * (D + 1)}, ValueError, rf"top_k must be .* one per depth \({D}\), got {D + 1}"),
+        ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": math.nan}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": [0.5]}, ValueError, rf"top_p must be .* one per depth \({D}\), got 1"),
+        ({"guidance_scale": 2.0}, ValueError, "null condition"),
+        ({"guidance_scale": math.nan}, ValueError, "guidance_scale must be finite"),
+        ({"start": 1}, ValueError, "belong together, got no prefix_codes and start=1"),
+        ({"prefix_codes": tiny_codes(1)}, ValueError, "belong together, got prefix_codes and start=0"),
+        ({"prefix_codes": tiny_codes(1), "start": -1}, ValueError, rf"start must lie in \[0, {T}\].*got -1"),
+        ({"prefix_codes": tiny_codes(1), "start": T + 1}, ValueError, rf"start must lie in \[0, {T}\].*got {T + 1}"),
+        ({"prefix_codes": tiny_codes(1) + K, "start": 1}, ValueError, rf"codes must lie in \[0, {K}\)"),
+        ({"prefix_codes": tiny_codes(1, (W, H, D)), "start": 1}, ValueError, "codes must have the shape"),
+        ({"prefix_codes": tiny_codes(2), "start": 1, "num_images": 3}, ValueError, "different batch size"),
+        ({"num_images": 0}, ValueError, "at least 1 image"),
+        ({"generator": 0}, TypeError, "one torch.Generator, got int"),
+        ({"generator": [torch.Generator()]}, TypeError, "one torch.Generator, got list"),
+    ],
+)
+def test_bad_arguments_are_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny_transformer().generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, message",
+    [
+        ("class", {}, "this model is conditional"),
+        ("class", {"num_images": 2}, "this model is conditional"),
+        ("class", {"cond_ids": torch.tensor([0, 1]), "num_images": 3}, "different batch size"),
+        ("class", {"cond_ids": torch.tensor([0]), "prefix_codes": tiny_codes(2), "start": 1}, "different batch size"),
+        ("class", {"cond_ids": torch.tensor([5])}, r"cond_ids must lie in \[0, 5\)"),
+        ("text", {"cond_ids": torch.zeros(1, L - 1, dtype=torch.long)}, rf"shape \(1, {L}\), got \(1, {L - 1}\)"),
+    ],
+)
+def test_bad_conditions_are_errors(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(kind).generate(**arguments)
+
+
+def test_arguments_are_checked_before_any_work():
+    seen = []
+    with pytest.raises(ValueError, match="top_p"):
+        tiny_transformer().generate(top_p=[1.0, 1.0, 1.0, 2.0], on_position=lambda *position: seen.append(position))
+    assert seen == []
