@@ -91,7 +91,7 @@ def create_model(args: RQVAEArguments) -> RQVAEModel:
 
 
 def compute_loss(model, batch: dict, args: RQVAEArguments) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Reconstruction loss + β · commitment loss (eq. 6), plus the codebook loss where the codebook has a gradient."""
+    """Reconstruction loss + β · commitment loss (section 3.1.3), plus the codebook loss if there is one."""
     pixels = batch["pixels"]
     output = model(pixels)
     sample = output.sample.float()

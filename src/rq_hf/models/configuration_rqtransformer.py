@@ -62,7 +62,7 @@ class RQTransformerConfig(PreTrainedConfig):
             classifier-free guidance: the padding token of a text model, an extra class of a class model.
         spatial_config, depth_config (`dict` or [`RQStackConfig`]): the two stacks, of one hidden size.
         cumulative_depth_inputs (`bool`): the input of depth d is the projected sum of the codewords before d (the
-            paper's eq. 11), or, when false, the projected codeword of d − 1 alone.
+            paper's section 3.2.2), or, when false, the projected codeword of d − 1 alone.
         shared_classifier (`bool`): one classifier for all depths, or one per depth.
         embedding_dropout (`float`): dropout on the inputs of the spatial stack.
         text_loss_weight (`float`): weight w in loss = w·(next-token loss of the text) + (1 − w)·(loss of the codes);

@@ -1,4 +1,4 @@
-"""Cross-entropy of the codes with hard or soft labels (Lee et al., CVPR 2022, eq. 12 and section 3.2.3).
+"""Cross-entropy of the codes with hard or soft labels (Lee et al., CVPR 2022, sections 3.2.2 and 3.2.3).
 
 At K = 16,384 the logits of one batch, their soft targets and both gradients are what runs out of memory. Here the
 classifier and the loss are one function that goes through the rows in chunks, forms the gradients of a chunk while its

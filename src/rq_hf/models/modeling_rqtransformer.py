@@ -175,7 +175,7 @@ class RQClassifier(nn.Module):
 
 class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
     r"""
-    Models p(codes | condition) = Π_t Π_d p(S_td | S_<t, S_t,<d, condition) (eq. 8): raster order over the positions,
+    Models p(codes | condition) = Π_t Π_d p(S_td | S_<t, S_t,<d, condition), raster order over the positions,
     coarse to fine at each of them.
 
     It carries a frozen copy of the RQ-VAE's codebook (set by [`set_codebook`], saved with the weights), because codes
@@ -284,12 +284,12 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     def embed_positions(self, codewords: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Codewords `(B, t, D, C)` of the positions from `start` on -> inputs `(B, t, E)` of the spatial stack, from
-        which the positions after them are predicted (eq. 9)."""
+        which the positions after them are predicted (section 3.2.2)."""
         position_embedding = self.spatial_position_embedding[start : start + codewords.shape[1]]
         return self.code_projection(codewords).sum(dim=-2) + position_embedding
 
     def embed_depths(self, contexts: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
-        """Contexts `(..., E)` and codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack (eq. 11)."""
+        """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack (section 3.2.2)."""
         inputs = contexts.unsqueeze(-2)
         if codewords.shape[-2]:
             if self.config.cumulative_depth_inputs:

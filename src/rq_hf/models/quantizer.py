@@ -21,7 +21,7 @@ class QuantizerOutput:
     Args:
         quantized (`torch.Tensor` of shape `(..., C)`): sum of the D codewords, with the straight-through gradient.
         codes (`torch.Tensor` of shape `(..., D)`, int64): the chosen codes, coarse to fine.
-        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of ‖z − sg[ẑ⁽ᵈ⁾]‖² (eq. 7), per channel.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums and channels of (z − sg[ẑ⁽ᵈ⁾])² (eq. 7).
         codebook_loss (`torch.Tensor`, scalar, or `None`): the same with the gradient on the codewords; only when the
             codebook is trained by gradient (VQ-VAE, van den Oord et al. 2017, eq. 3).
     """
@@ -34,9 +34,9 @@ class QuantizerOutput:
 
 class ResidualQuantizer(nn.Module):
     """
-    Approximates vectors z by sums of D codewords: r⁽⁰⁾ = z, and for d = 1..D (eq. 4)
+    Approximates vectors z by sums of D codewords: r⁽⁰⁾ = z, and for d = 1..D (eqs. 3 to 5)
 
-        k_d = argmin_k ‖r⁽ᵈ⁻¹⁾ − e(k)‖²,    r⁽ᵈ⁾ = r⁽ᵈ⁻¹⁾ − e(k_d),    ẑ⁽ᵈ⁾ = Σ_{i≤d} e(k_i)  (eq. 5)
+        k_d = argmin_k ‖r⁽ᵈ⁻¹⁾ − e(k)‖²,    r⁽ᵈ⁾ = r⁽ᵈ⁻¹⁾ − e(k_d),    ẑ⁽ᵈ⁾ = Σ_{i≤d} e(k_i)
 
     In training mode `codebook_update="ema"` moves every codeword to the running mean of the residuals assigned to it,
     depth after depth, so that a shared codebook is updated D times a step and depth d+1 already sees the update of
@@ -193,7 +193,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def _nearest(self, residual: torch.Tensor, d: int) -> torch.Tensor:
-        """Eq. 3: argmin over k of ‖r − e(k)‖². (N, C) -> (N,)"""
+        """argmin over k of ‖r − e(k)‖². (N, C) -> (N,)"""
         codebook = self.codebook_at(d)
         chunks = residual.split(max(1, MAX_PAIRS // self.codebook_size))
         return torch.cat([squared_distances(chunk, codebook).argmin(dim=-1) for chunk in chunks])
