@@ -289,7 +289,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         return self.code_projection(codewords).sum(dim=-2) + position_embedding
 
     def embed_depths(self, contexts: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
-        """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack (section 3.2.2)."""
+        """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack."""
         inputs = contexts.unsqueeze(-2)
         if codewords.shape[-2]:
             if self.config.cumulative_depth_inputs:
