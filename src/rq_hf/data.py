@@ -143,7 +143,8 @@ class Collator:
     `(B, L)` of `text_column` or classes `(B, 1)` of `label_column`; also the numbers of `skipped_images` and
     `truncated_captions`.
 
-    Raises `ValueError` with the example's index for an image that cannot be decoded, unless `skip_corrupt_images`.
+    Raises `ValueError` with the example's index for a caption that is no string, and for an image that cannot be
+    decoded, unless `skip_corrupt_images`.
     """
 
     def __init__(
@@ -185,9 +186,11 @@ class Collator:
             mirrored = torch.rand(len(kept)) < 0.5
             batch["pixels"][mirrored] = batch["pixels"][mirrored].flip(-1)
         if self.text_column is not None:
-            batch["cond_ids"], batch["truncated_captions"] = tokenize(
-                self.tokenizer, [example[self.text_column] for example in kept]
-            )
+            captions = [example[self.text_column] for example in kept]
+            for example, caption in zip(kept, captions):
+                if not isinstance(caption, str):
+                    raise ValueError(f"the caption of example {example['index']} must be a string, got {caption!r}")
+            batch["cond_ids"], batch["truncated_captions"] = tokenize(self.tokenizer, captions)
         if self.label_column is not None:
             batch["cond_ids"] = torch.tensor([[example[self.label_column]] for example in kept])
         return batch

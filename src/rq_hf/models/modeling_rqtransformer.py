@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
 from .generation_rqtransformer import RQGenerationMixin
 from .losses import codes_cross_entropy
-from .quantizer import check_codes, embed_codes
+from .quantizer import check_codes, check_range, embed_codes
 
 
 @dataclass
@@ -324,11 +324,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             cond_ids = cond_ids[:, None]
         if cond_ids.shape != (batch_size, length):
             raise ValueError(f"cond_ids must have the shape ({batch_size}, {length}), got {tuple(cond_ids.shape)}")
-        if cond_ids.numel() and not 0 <= int(cond_ids.min()) <= int(cond_ids.max()) < vocab_size:
-            raise ValueError(
-                f"cond_ids must lie in [0, {vocab_size}), "
-                f"got values from {int(cond_ids.min())} to {int(cond_ids.max())}"
-            )
+        check_range("cond_ids", cond_ids, vocab_size)
         return cond_ids
 
     def check_codes(self, codes: torch.Tensor) -> None:
@@ -341,7 +337,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         self.check_codes(codes)
         if labels is not None and residuals is not None:
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
-        if labels is not None:
+        if labels is not None and labels is not codes:
             self.check_codes(labels)
         if residuals is not None:
             if residuals.shape != (*codes.shape, self.config.codebook_dim):
