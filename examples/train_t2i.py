@@ -33,6 +33,7 @@ from rq_hf.training import (
     parse_arguments,
     save_finished,
     train,
+    written_whole,
 )
 from rq_hf.transformer_training import (
     TransformerArguments,
@@ -65,7 +66,8 @@ def create_tokenizer(args: TextArguments, dataset, folder: Path) -> PreTrainedTo
             example[args.text_column]
             for example in dataset.select_columns([args.text_column]).take(args.tokenizer_captions)
         )
-        train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
+        with written_whole(folder) as unfinished:
+            train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(unfinished)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or folder)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer {args.tokenizer} has no padding token, which stands for 'no text'")

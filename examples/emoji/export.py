@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from rq_hf import RQPipeline
+from rq_hf.training import written_whole
 
 
 def main() -> None:
@@ -36,16 +37,14 @@ def main() -> None:
         if getattr(args, name) is not None:
             setattr(generation_config, name, getattr(args, name))
 
-    unfinished = args.output.with_name(f"unfinished-{args.output.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipe.to(dtype=torch.float16, silence_dtype_warnings=True).save_pretrained(unfinished)
-    config_file = unfinished / "transformer" / "config.json"
-    config = json.loads(config_file.read_text())
-    config["dtype"] = "float32"
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-    if args.card is not None:
-        shutil.copy(args.card, unfinished / "README.md")
-    unfinished.rename(args.output)
+    with written_whole(args.output) as folder:
+        pipe.to(dtype=torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
+        config_file = folder / "transformer" / "config.json"
+        config = json.loads(config_file.read_text())
+        config["dtype"] = "float32"
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
+        if args.card is not None:
+            shutil.copy(args.card, folder / "README.md")
     size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
     print(f"{args.output}: {size / 1e6:.1f} MB")
 

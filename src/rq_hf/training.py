@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import set_seed
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
@@ -443,21 +444,26 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     return Image.fromarray((canvas * 255).round().byte().numpy())
 
 
-def save_finished(accelerator: Accelerator, model, destination: Path, args: OptimizationArguments, card: str) -> None:
-    """Saves a model or pipeline with its card under another name, then renames it; uploads it if asked to."""
-    if accelerator.is_main_process:
-        unfinished = destination.with_name(f"unfinished-{destination.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card)
-        if destination.exists():
-            previous = destination.with_name(f"previous-{destination.name}")
-            shutil.rmtree(previous, ignore_errors=True)
-            os.rename(destination, previous)
-        os.rename(unfinished, destination)
-        if args.push_to_hub:
-            from huggingface_hub import create_repo, upload_folder
+@contextmanager
+def written_whole(destination: Path):
+    """A folder to write to, renamed to `destination` at the end; what was there before stays as `previous-…`."""
+    unfinished = destination.with_name(f"unfinished-{destination.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    yield unfinished
+    if destination.exists():
+        previous = destination.with_name(f"previous-{destination.name}")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(destination, previous)
+    os.rename(unfinished, destination)
 
+
+def save_finished(accelerator: Accelerator, model, destination: Path, args: OptimizationArguments, card: str) -> None:
+    """Saves a model or pipeline with its card, and uploads it if asked to."""
+    if accelerator.is_main_process:
+        with written_whole(destination) as folder:
+            model.save_pretrained(folder)
+            (folder / "README.md").write_text(card)
+        if args.push_to_hub:
             create_repo(args.hub_model_id, exist_ok=True)
             upload_folder(repo_id=args.hub_model_id, folder_path=destination, commit_message="Upload trained model")
     accelerator.wait_for_everyone()
