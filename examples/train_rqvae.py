@@ -16,6 +16,7 @@ Reconstruction loss (L1 or squared error) and commitment loss; the codebook foll
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def main() -> None:
     dataset = load_images(data)
     collate = Collator(data.image_column, args.resolution, data.random_flip, data.skip_corrupt_images)
     stream = create_stream(accelerator, dataset, collate, optimization, data)
-    shown = collate(list(dataset.take(16)))["pixels"]
+    shown = collate(list(itertools.islice(dataset, 16)))["pixels"]
 
     train(
         accelerator,

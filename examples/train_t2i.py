@@ -17,6 +17,7 @@ Text goes through any tokenizer (--tokenizer), or through one trained on the cap
 --text_length tokens are cut on the right; how many were is logged.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,10 +63,8 @@ class TextArguments:
 def create_tokenizer(args: TextArguments, dataset, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer named, or one trained on the captions and kept in `folder` for the time the run is resumed."""
     if args.tokenizer is None and not folder.exists():
-        texts = (
-            example[args.text_column]
-            for example in dataset.select_columns([args.text_column]).take(args.tokenizer_captions)
-        )
+        examples = itertools.islice(dataset.select_columns([args.text_column]), args.tokenizer_captions)
+        texts = (example[args.text_column] for example in examples)
         with written_whole(folder) as unfinished:
             train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(unfinished)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or folder)
