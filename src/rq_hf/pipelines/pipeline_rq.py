@@ -156,7 +156,7 @@ class RQPipeline(DiffusionPipeline):
     ) -> RQPipelineOutput | tuple:
         r"""
         Args:
-            prompt (`str` or list of them): of a text model.
+            prompt (`str` or list of them): of a text model, at most L tokens each; a longer one is an error.
             class_labels (`int` or list of them): of a class-conditional model, from 0 on.
             num_images_per_prompt (`int`): pictures per prompt or label; of an unconditional model, how many in all.
             guidance_scale, temperature, top_k, top_p, do_sample, prefix_codes, start, generator: see
