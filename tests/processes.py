@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-TIMEOUT = 120
+TIMEOUT = 600  # seconds, on a machine that may be busy
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["rq_hf.training", "rq_hf.transformer_training", "torch.utils.tensorboard"])
@@ -64,6 +64,7 @@ def _enter(log: Path, rank: int, world_size: int, port: int, function: Callable,
     file = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    multiprocessing.set_start_method("fork", force=True)  # as in any process that was not forked by a server
     torch.set_num_threads(1)
     if world_size > 1:
         os.environ |= {

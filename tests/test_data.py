@@ -202,7 +202,7 @@ class TestToPixels:
         image = Image.new("L", (4, 4), "black")
         image.paste("white", (0, 0, 2, 4))
         pixels = to_pixels(image.convert("RGB"), 2)
-        expected = torch.tensor([7 / 8, 1 / 8]).expand(3, 2, 2) * 2 - 1  # triangle filter: 1 + 3 + 3 parts of 8, and 1
+        expected = torch.tensor([6 / 7, 1 / 7]).expand(3, 2, 2) * 2 - 1  # a triangle filter: (3 + 3) / (3 + 3 + 1)
         torch.testing.assert_close(pixels, expected, atol=0.01, rtol=0)
 
     def test_resizes_the_shorter_side(self):
@@ -282,6 +282,12 @@ class TestCollator:
             CAPTIONS[1],
             CAPTIONS[3],
         ]
+
+    def test_stops_at_a_caption_that_is_no_string(self, tokenizer):
+        examples = self.examples()
+        examples[3]["text"] = None
+        with pytest.raises(ValueError, match="caption of example 103 must be a string, got None"):
+            Collator("image", 16, text_column="text", tokenizer=tokenizer)(examples)
 
     def test_stops_when_no_image_of_a_batch_can_be_decoded(self):
         with pytest.raises(ValueError, match="none of the 2 images"):

@@ -137,12 +137,15 @@ def test_pipeline_of_the_same_components():
 
 
 @pytest.mark.parametrize("loader", [RQVAEModel, diffusers.AutoModel])
-def test_vae_loads_from_its_subfolder(tmp_path, loader):
+def test_vae_loads_from_its_folder(tmp_path, loader):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)
-    loaded = loader.from_pretrained(str(tmp_path), subfolder="vae")
-    assert type(loaded) is RQVAEModel
-    assert same_state(loaded, pipe.vae)
+    for loaded in (
+        loader.from_pretrained(str(tmp_path), subfolder="vae"),
+        loader.from_pretrained(str(tmp_path / "vae")),
+    ):
+        assert type(loaded) is RQVAEModel
+        assert same_state(loaded, pipe.vae)
 
 
 @pytest.mark.parametrize("loader", [RQTransformerModel, AutoModel, diffusers.AutoModel])

@@ -339,6 +339,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
             self.check_codes(labels)
+            if len(labels) != len(codes):
+                raise ValueError(f"codes and labels must be of one batch size, got {len(codes)} and {len(labels)}")
         if residuals is not None:
             if residuals.shape != (*codes.shape, self.config.codebook_dim):
                 raise ValueError(
