@@ -51,7 +51,7 @@ class TestLoadImages:
         dataset = load_images(DataArguments(data_files=shape_files, streaming=streaming), required_columns=("text",))
         assert isinstance(dataset, datasets.IterableDataset) == streaming
         examples = list(dataset)
-        assert [example["index"] for example in examples] == list(range(10))
+        assert [example["example_index"] for example in examples] == list(range(10))
         assert [example["text"] for example in examples] == CAPTIONS[:10]
         assert [example["label"] for example in examples] == [number % 3 for number in range(10)]
 
@@ -98,11 +98,14 @@ class TestLoadImages:
         files = write_parquet(dataset, tmp_path / "indexed")
         assert len(list(load_images(DataArguments(data_files=files, streaming=streaming)))) == 4
 
-    @streaming_or_not
-    def test_numbers_examples_the_same_when_shuffled(self, shape_files, streaming):
-        dataset = load_images(DataArguments(data_files=shape_files, streaming=streaming))
-        numbers = {example["text"]: example["index"] for example in dataset.shuffle(seed=1)}
+    def test_numbers_prepared_examples_the_same_when_shuffled(self, shape_files):
+        dataset = load_images(DataArguments(data_files=shape_files))
+        numbers = {example["text"]: example["example_index"] for example in dataset.shuffle(seed=1)}
         assert numbers == {caption: number for number, caption in enumerate(CAPTIONS[:10])}
+
+    def test_numbers_a_stream_in_the_order_of_reading(self, shape_files):
+        dataset = load_images(DataArguments(data_files=shape_files, streaming=True))
+        assert [example["example_index"] for example in dataset] == list(range(10))
 
     @streaming_or_not
     @pytest.mark.parametrize(("image_column", "required_columns"), [("photo", ()), ("image", ("text", "photo"))])
@@ -221,7 +224,7 @@ class TestCollator:
                 "image": encoded(draw_shape(number, 16)),
                 "text": CAPTIONS[number],
                 "label": number % 3,
-                "index": 100 + number,
+                "example_index": 100 + number,
             }
             for number in range(count)
         ]
@@ -254,7 +257,7 @@ class TestCollator:
         image = Image.new("RGB", (2, 2), "black")
         image.paste("white", (0, 0, 1, 2))
         torch.manual_seed(0)
-        pixels = Collator("image", 2, random_flip=True)([{"image": image, "index": 0}] * 200)["pixels"]
+        pixels = Collator("image", 2, random_flip=True)([{"image": image, "example_index": 0}] * 200)["pixels"]
         plain = to_pixels(image, 2)
         mirrored = [torch.equal(p, plain.flip(-1)) for p in pixels]
         assert all(flipped or torch.equal(p, plain) for flipped, p in zip(mirrored, pixels))
@@ -291,7 +294,7 @@ class TestCollator:
 
     def test_stops_when_no_image_of_a_batch_can_be_decoded(self):
         with pytest.raises(ValueError, match="none of the 2 images"):
-            Collator("image", 16, skip_corrupt_images=True)([{"image": self.CORRUPT, "index": 0}] * 2)
+            Collator("image", 16, skip_corrupt_images=True)([{"image": self.CORRUPT, "example_index": 0}] * 2)
 
 
 class TestTrainTokenizer:

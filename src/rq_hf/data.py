@@ -1,7 +1,7 @@
 """From any Hub data set or local files to batches of pixels, captions and labels: seeded, sharded, resumable."""
 
 import glob
-import io
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .images import to_pixels, to_rgb
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -58,7 +60,7 @@ class DataArguments:
 
 def load_images(args: DataArguments, required_columns: tuple[str, ...] = ()):
     """
-    Opens the data set that `args` name, images not yet decoded, with an added column `index`.
+    Opens the data set that `args` name, images not yet decoded, with an added column `example_index`.
 
     Returns:
         a `datasets.Dataset` or, with `args.streaming`, a `datasets.IterableDataset`.
@@ -105,36 +107,20 @@ def check_columns(dataset, columns: tuple[str, ...]) -> None:
 
 
 def prepare_images(dataset, image_column: str):
-    """Leaves images undecoded until a batch needs them, and numbers the examples in a column `index`."""
+    """Leaves images undecoded until a batch needs them, and numbers the examples in a column `example_index`.
+
+    In a stream the numbers count the order of reading; one of several files, once shuffled, counts in each file.
+    """
     if isinstance((dataset.features or {}).get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(lambda example, index: {"index": index}, with_indices=True)
-    return dataset.add_column("index", np.arange(len(dataset)))
+        return dataset.map(lambda example, index: {"example_index": index}, with_indices=True)
+    return dataset.add_column("example_index", np.arange(len(dataset)))
 
 
 def decode_image(value) -> Image.Image:
     """An image column's value (PIL image, or undecoded `{"bytes", "path"}`) -> RGB; transparent parts become white."""
-    if isinstance(value, Image.Image):
-        image = value
-    elif value["bytes"] is not None:
-        image = Image.open(io.BytesIO(value["bytes"]))
-    else:
-        image = Image.open(value["path"])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """RGB image -> `(3, resolution, resolution)` in [-1, 1]: shorter side resized (bilinear), then centre crop."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
 class Collator:
@@ -174,7 +160,7 @@ class Collator:
                 if self.skip_corrupt_images:
                     continue
                 raise ValueError(
-                    f"the image of example {example['index']} cannot be decoded ({error}); "
+                    f"the image of example {example['example_index']} cannot be decoded ({error}); "
                     "--skip_corrupt_images leaves such examples out and counts them"
                 ) from error
             pixels.append(to_pixels(image, self.resolution))
@@ -189,7 +175,9 @@ class Collator:
             captions = [example[self.text_column] for example in kept]
             for example, caption in zip(kept, captions):
                 if not isinstance(caption, str):
-                    raise ValueError(f"the caption of example {example['index']} must be a string, got {caption!r}")
+                    raise ValueError(
+                        f"the caption of example {example['example_index']} must be a string, got {caption!r}"
+                    )
             batch["cond_ids"], batch["truncated_captions"] = tokenize(self.tokenizer, captions)
         if self.label_column is not None:
             batch["cond_ids"] = torch.tensor([[example[self.label_column]] for example in kept])
@@ -268,36 +256,44 @@ class TrainingStream:
     def __iter__(self) -> Iterator[dict]:
         while True:
             taken = self.batches_in_epoch
-            for batch in self._epoch_loader(skip=taken):
+            for batch in self._epoch_batches(skip=taken):
                 self.batches_in_epoch += 1
                 yield batch
             if taken == 0 and self.batches_in_epoch == 0:
                 raise ValueError(f"the data set has no examples for rank {self.rank} of {self.world_size}")
             self.epoch, self.batches_in_epoch = self.epoch + 1, 0
 
-    def _epoch_loader(self, skip: int):
-        streaming = isinstance(self.dataset, datasets.IterableDataset)
-        if streaming:
-            dataset = self.dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer_size)
-            dataset.set_epoch(self.epoch)
+    def _epoch_batches(self, skip: int) -> Iterator[dict]:
+        """The batches of this rank in the current epoch, without the first `skip`."""
+        seed = self.seed + self.epoch
+        # Examples are skipped before they are decoded. Workers deal them out among themselves, and draw random numbers
+        # of their own: then whole batches are made and left out.
+        skip_examples, skip_batches = (0, skip) if self.num_workers else (skip * self.batch_size, 0)
+        if isinstance(self.dataset, datasets.IterableDataset):
+            dataset = self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+            dataset = split_dataset_by_node(dataset, self.rank, self.world_size)
+            dataset, sampler = (StreamTail(dataset, skip_examples) if skip_examples else dataset), None
         else:
-            dataset = self.dataset.shuffle(seed=self.seed + self.epoch, keep_in_memory=True)
-        dataset = split_dataset_by_node(dataset, self.rank, self.world_size)
-        # Workers deal out the examples of a stream among themselves: there, whole batches have to be skipped.
-        skip_batches = skip if streaming and self.num_workers else 0
-        if not skip_batches:
-            dataset = dataset.skip(
-                min(skip * self.batch_size, len(dataset)) if not streaming else skip * self.batch_size
-            )
+            dataset, order = self.dataset, np.random.default_rng(seed).permutation(len(self.dataset))
+            sampler = order[self.rank :: self.world_size][skip_examples:].tolist()
         loader = DataLoader(
             dataset,
             batch_size=self.batch_size,
+            sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
             # A loader without its own generator draws a seed from the global one, which would disturb an exact resume.
-            generator=torch.Generator().manual_seed(self.seed + self.epoch),
+            generator=torch.Generator().manual_seed(seed),
         )
-        batches = iter(loader)
-        for _ in range(skip_batches):
-            next(batches)
-        return batches
+        return itertools.islice(loader, skip_batches, None)
+
+
+class StreamTail(torch.utils.data.IterableDataset):
+    """A stream without its first examples."""
+
+    def __init__(self, stream: datasets.IterableDataset, skip: int):
+        self.stream = stream
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[dict]:
+        return itertools.islice(self.stream, self.skip, None)

@@ -1,7 +1,6 @@
 """What the training scripts share: arguments, the loop with checkpoints and logs, and the average of the weights."""
 
 import json
-import math
 import os
 import re
 import shutil
@@ -20,11 +19,11 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import set_seed
 from huggingface_hub import create_repo, upload_folder
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from .data import Collator, DataArguments, TrainingStream
+from .images import image_grid
 
 logger = get_logger(__name__)
 
@@ -431,17 +430,6 @@ def log_images(
         if args.report_to == "tensorboard":
             writer = accelerator.get_tracker("tensorboard", unwrap=True)
             writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
-
-
-def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Pictures `(B, 3, height, width)` in [0, 1] -> one picture with rows of `columns`."""
-    batch_size, channels, height, width = images.shape
-    rows = math.ceil(batch_size / columns)
-    canvas = torch.ones(rows * columns, channels, height, width)
-    canvas[:batch_size] = images.detach().float().cpu().clamp(0, 1)
-    canvas = canvas.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    canvas = canvas.reshape(rows * height, columns * width, channels)
-    return Image.fromarray((canvas * 255).round().byte().numpy())
 
 
 @contextmanager

@@ -119,9 +119,10 @@ class RQGenerationMixin(GenerationMixin):
             codewords = embed_codes(codes, self.codebook)
             return torch.cat([codewords, codewords]) if guided else codewords
 
-        inputs = self.embed_condition(cond_ids)  # (B, L, E)
-        if start:
-            inputs = torch.cat([inputs, self.embed_positions(embed(codes[:, :start]))], dim=1)  # (B, L + start, E)
+        def prefix(length):  # inputs for the condition and the first positions, (B, L + length, E)
+            return torch.cat([self.embed_condition(cond_ids), self.embed_positions(embed(codes[:, :length]))], dim=1)
+
+        inputs = prefix(start)
 
         for position in range(start, num_positions):
             context = self.spatial_stack(inputs, spatial_cache)[:, -1]  # (B, E)
@@ -141,12 +142,14 @@ class RQGenerationMixin(GenerationMixin):
                     settings["top_p"][d],
                     generator,
                 )
-            if on_position is not None:
-                replaced = on_position(position, codes.view(batch_size, height, width, depth))
-                if replaced is not None:
-                    self.check_codes(replaced)
-                    codes = replaced.reshape(batch_size, num_positions, depth).clone()
             inputs = self.embed_positions(embed(codes[:, position : position + 1]), start=position)  # (B, 1, E)
+            if on_position is not None:
+                codes_map = codes.view(batch_size, height, width, depth)
+                replaced = on_position(position, codes_map.clone())
+                if replaced is not None and not torch.equal(replaced, codes_map):
+                    codes = self._prepare_codes(replaced, position + 1, batch_size)
+                    spatial_cache.reset()
+                    inputs = prefix(position + 1)
         return codes.view(batch_size, height, width, depth)
 
     def _resolve_settings(self, generation_config: GenerationConfig | None, **given) -> dict:

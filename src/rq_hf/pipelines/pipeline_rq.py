@@ -14,6 +14,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -216,7 +217,8 @@ class RQPipeline(DiffusionPipeline):
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
         """Pictures (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
 
-        They are not resized: raises `ValueError` where the encoder cannot divide their sides.
+        They are not resized: raises `ValueError` where the encoder cannot divide their sides, and `TypeError` for
+        pixels that are integers.
         """
         factor = self.vae.downsample_factor
         images = image if isinstance(image, list) else [image]
@@ -225,8 +227,11 @@ class RQPipeline(DiffusionPipeline):
             raise ValueError(f"pictures of one batch must have one size, got {sorted(sizes)}")
         if any(side % factor for size in sizes for side in size):
             raise ValueError(f"width and height must be divisible by {factor}, got {sizes.pop()}")
+        for i in images:
+            if not isinstance(i, PIL.Image.Image) and not torch.as_tensor(i).is_floating_point():
+                raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {i.dtype}")
         if sizes:
-            image = [i.convert("RGB") for i in images]
+            image = [to_rgb(i) for i in images]
         pixels = self.image_processor.preprocess(image)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
