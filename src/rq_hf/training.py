@@ -77,7 +77,8 @@ class OptimizationArguments:
     def __post_init__(self):
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs --hub_model_id user/name")
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+        at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*at_least_one, "checkpointing_steps", "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -223,11 +224,12 @@ def create_stream(
 
 def create_optimizer(model: torch.nn.Module, args: OptimizationArguments) -> torch.optim.AdamW:
     """AdamW that decays matrices (two dimensions and more) but neither biases, norms nor codebook."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and not name.endswith("codebook")
+            (decayed if is_matrix else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
 
 
@@ -367,10 +369,9 @@ def save_checkpoint(accelerator: Accelerator, args: OptimizationArguments, strea
     (unfinished / f"position-{accelerator.process_index}.json").write_text(json.dumps(position))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.rename(unfinished, destination)
-        for old in list_checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+        replace_folder(destination, unfinished)
+        up_to_here = [path for path in list_checkpoints(output_dir) if checkpoint_step(path) <= step]
+        for old in up_to_here[: -args.checkpoints_total_limit]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -378,7 +379,20 @@ def save_checkpoint(accelerator: Accelerator, args: OptimizationArguments, strea
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def replace_folder(destination: Path, finished: Path) -> None:
+    """Renames `finished` to `destination`; what was there before stays as `previous-…`."""
+    if destination.exists():
+        previous = destination.with_name(f"previous-{destination.name}")
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(destination, previous)
+    os.rename(finished, destination)
 
 
 def resume(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream) -> int:
@@ -434,15 +448,11 @@ def log_images(
 
 @contextmanager
 def written_whole(destination: Path):
-    """A folder to write to, renamed to `destination` at the end; what was there before stays as `previous-…`."""
+    """A folder to write to, which becomes `destination` when all is written; what was there stays as `previous-…`."""
     unfinished = destination.with_name(f"unfinished-{destination.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     yield unfinished
-    if destination.exists():
-        previous = destination.with_name(f"previous-{destination.name}")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(destination, previous)
-    os.rename(unfinished, destination)
+    replace_folder(destination, unfinished)
 
 
 def save_finished(accelerator: Accelerator, model, destination: Path, args: OptimizationArguments, card: str) -> None:
