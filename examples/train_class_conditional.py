@@ -107,6 +107,7 @@ def main() -> None:
     usage = "pipe(class_labels=[0, 1])" if num_classes else "pipe(num_images_per_prompt=4)"
     save_finished(accelerator, pipeline, destination, optimization, model_card(model, usage))
     accelerator.print(f"saved {destination}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

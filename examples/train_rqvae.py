@@ -159,6 +159,7 @@ def main() -> None:
     destination = Path(optimization.output_dir) / "rqvae"
     save_finished(accelerator, model, destination, optimization, model_card(args, model))
     accelerator.print(f"saved {destination}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

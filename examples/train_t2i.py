@@ -60,17 +60,19 @@ class TextArguments:
     )
 
 
-def create_tokenizer(args: TextArguments, dataset, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer named, or one trained on the captions and kept in `folder` for the time the run is resumed."""
-    if args.tokenizer is None and not folder.exists():
-        examples = itertools.islice(dataset.select_columns([args.text_column]), args.tokenizer_captions)
-        texts = (example[args.text_column] for example in examples)
-        with written_whole(folder) as unfinished:
-            train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(unfinished)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or folder)
+def save_new_tokenizer(args: TextArguments, dataset, folder: Path) -> None:
+    """Trains a tokenizer on the captions."""
+    examples = itertools.islice(dataset.select_columns([args.text_column]), args.tokenizer_captions)
+    texts = (example[args.text_column] for example in examples)
+    with written_whole(folder) as unfinished:
+        train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(unfinished)
+
+
+def load_tokenizer(name: str | Path, text_length: int) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"the tokenizer {args.tokenizer} has no padding token, which stands for 'no text'")
-    tokenizer.model_max_length = args.text_length
+        raise ValueError(f"the tokenizer {name} has no padding token, which stands for 'no text'")
+    tokenizer.model_max_length = text_length
     return tokenizer
 
 
@@ -80,8 +82,12 @@ def main() -> None:
     )
     accelerator = create_accelerator(optimization)
     dataset = load_images(data, required_columns=(text.text_column,))
-    with accelerator.main_process_first():
-        tokenizer = create_tokenizer(text, dataset, Path(optimization.output_dir) / "tokenizer")
+    own_tokenizer = Path(optimization.output_dir) / "tokenizer"
+    resumed = optimization.resume_from_checkpoint is not None and own_tokenizer.exists()
+    if text.tokenizer is None and not resumed and accelerator.is_main_process:
+        save_new_tokenizer(text, dataset, own_tokenizer)
+    accelerator.wait_for_everyone()
+    tokenizer = load_tokenizer(text.tokenizer or own_tokenizer, text.text_length)
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     model = create_transformer(
         vae, args, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
@@ -90,6 +96,8 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
+    if text.validation_prompts:
+        pipeline.encode_prompt(text.validation_prompts)  # refuses prompts that are too long before the training
 
     collate = Collator(
         data.image_column,
@@ -118,6 +126,7 @@ def main() -> None:
     destination = Path(optimization.output_dir) / "pipeline"
     save_finished(accelerator, pipeline, destination, optimization, model_card(model, 'pipe("a prompt")'))
     accelerator.print(f"saved {destination}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def prepare_images(dataset, image_column: str):
     if isinstance((dataset.features or {}).get(image_column), datasets.Image):
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.map(lambda example, index: {"example_index": index}, with_indices=True)
+        features = dataset.features
+        if features is not None:
+            features = datasets.Features(features | {"example_index": datasets.Value("int64")})
+        return dataset.map(lambda example, index: {"example_index": index}, with_indices=True, features=features)
     return dataset.add_column("example_index", np.arange(len(dataset)))
 
 

@@ -299,7 +299,6 @@ def train(
     if average:
         unprepared.load_state_dict(average.average)
     unprepared.eval()
-    accelerator.end_training()
 
 
 @contextmanager
