@@ -12,6 +12,10 @@ class TransformerArguments:
     _argument_group_name = "transformer"
 
     rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
+    transformer: str | None = field(
+        default=None,
+        metadata={"help": "Trained transformer to go on from: a folder or a Hub id (default: a new one)."},
+    )
     hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
     spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
     depth_layers: int = field(default=4, metadata={"help": "Blocks of the depth transformer; 0 with depth 1 only."})
@@ -54,7 +58,23 @@ def create_transformer(
     cond_length: int = 1,
     null_cond_id: int | None = None,
 ) -> RQTransformerModel:
-    """A new transformer on the codes of `vae`, with a copy of its codebook."""
+    """A transformer on the codes of `vae`: a new one with a copy of its codebook, or the trained one that `args` name.
+
+    Raises `ValueError` when the trained one has another codebook or other conditions.
+    """
+    if args.transformer is not None:
+        model = RQTransformerModel.from_pretrained(args.transformer, dtype=torch.float32)
+        config = model.config
+        found = (config.cond_vocab_size, config.cond_length, config.null_cond_id)
+        if found != (cond_vocab_size, cond_length, null_cond_id):
+            raise ValueError(
+                f"--transformer {args.transformer} has (condition ids, length, null id) {found}, "
+                f"this data needs {(cond_vocab_size, cond_length, null_cond_id)}"
+            )
+        if not torch.equal(model.codebook, vae.quantizer.codebook.cpu()):
+            raise ValueError(f"--transformer {args.transformer} has another codebook than --rqvae {args.rqvae}")
+        model.set_attn_implementation(args.attn_implementation)
+        return model
     grid = vae.config.sample_size // vae.downsample_factor
     stack = {
         "hidden_size": args.hidden_size,
