@@ -332,7 +332,7 @@ def test_new_run_trains_a_new_tokenizer(command, tmp_path):
 def test_refused_run_leaves_the_tokenizer_of_the_old_one(command, tmp_path):
     finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1))
     tokenizer = (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text()
-    outcome = start(TEXT, command(TEXT, tmp_path / "run", "--image_logging_steps", 0, "--tokenizer_vocab_size", 258))
+    outcome = start(TEXT, command(TEXT, tmp_path / "run", "--tokenizer_vocab_size", 258, "--text_length", 20))
     assert "already holds checkpoint-1" in outcome.output
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
 
