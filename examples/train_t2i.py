@@ -80,6 +80,8 @@ def main() -> None:
     optimization, data, args, text = parse_arguments(
         OptimizationArguments, DataArguments, TransformerArguments, TextArguments, description=__doc__
     )
+    if args.transformer is not None and text.tokenizer is None:
+        raise ValueError("--transformer needs the --tokenizer that it was trained with")
     accelerator = create_accelerator(optimization)
     dataset = load_images(data, required_columns=(text.text_column,))
     own_tokenizer = Path(optimization.output_dir) / "tokenizer"

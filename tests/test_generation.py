@@ -230,6 +230,22 @@ def test_replaced_codes_are_continued_from(kind, scale, first_replaced):
     assert not torch.equal(changed, plain)
 
 
+@pytest.mark.parametrize("returned", [True, False])
+def test_codes_edited_in_place_count_when_returned(returned):
+    model = tiny_transformer()
+
+    def edit(position, codes):
+        codes[:, 0, 0] = 3
+        return codes if returned else None
+
+    plain = model.generate(**GREEDY)
+    codes = model.generate(on_position=edit, **GREEDY)
+    edited = plain.clone()
+    edited[:, 0, 0] = 3
+    assert not torch.equal(edited, plain)
+    assert torch.equal(codes, model.generate(prefix_codes=edited, start=1, **GREEDY) if returned else plain)
+
+
 def test_replaced_codes_are_not_written_to():
     other = tiny_codes()
     before = other.clone()
@@ -247,6 +263,12 @@ def test_prefix_is_not_written_to():
 def test_replaced_codes_are_checked():
     with pytest.raises(ValueError, match=rf"codes must lie in \[0, {K}\)"):
         tiny_transformer().generate(on_position=lambda position, codes: codes + K)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replaced_codes_of_another_batch_size_are_an_error(batch_size):
+    with pytest.raises(ValueError, match=f"batch size.*{batch_size}"):
+        tiny_transformer().generate(num_images=2, on_position=lambda position, codes: tiny_codes(batch_size))
 
 
 SETTINGS = {

@@ -247,6 +247,15 @@ def test_pictures_of_other_modes_become_rgb(pipe, mode):
     assert torch.equal(pipe.encode_image(picture), pipe.encode_image(picture.convert("RGB")))
 
 
+def test_transparent_parts_of_a_picture_are_white(pipe):
+    opaque = random_pictures(1)[0]
+    transparent, on_white = opaque.copy(), opaque.copy()
+    transparent.putalpha(0)
+    on_white.paste("white", (0, 0, WIDTH, HEIGHT))
+    assert torch.equal(pipe.encode_image(transparent), pipe.encode_image(on_white))
+    assert not torch.equal(pipe.encode_image(opaque), pipe.encode_image(on_white))
+
+
 def test_pictures_need_not_have_the_size_of_the_model(pipe):
     assert pipe.encode_image(random_pictures(1, height=6, width=10)).shape == (1, 3, 5, D)
 

@@ -183,8 +183,17 @@ class WeightAverage:
 
 
 def create_accelerator(args: OptimizationArguments) -> Accelerator:
-    """Accelerator with the trackers of `args`; seeds all generators, differently on every rank."""
+    """Accelerator with the trackers of `args`; seeds all generators, differently on every rank.
+
+    Raises `ValueError` when a new run would write over the checkpoints of an old one.
+    """
     output_dir = Path(args.output_dir)
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoints and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"{output_dir} already holds {checkpoints[-1].name}: "
+            "pass --resume_from_checkpoint latest, or another --output_dir"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     trackers = [JSONLinesTracker(output_dir / "log.jsonl")]
     if args.report_to == "tensorboard":
@@ -397,18 +406,12 @@ def replace_folder(destination: Path, finished: Path) -> None:
 def resume(accelerator: Accelerator, args: OptimizationArguments, stream: TrainingStream) -> int:
     """Loads the checkpoint that `args` name and returns its step, 0 for a new run.
 
-    Raises `ValueError` when that checkpoint does not exist, was written by another number of processes, or when a new
-    run would write over the checkpoints of an old one.
+    Raises `ValueError` when that checkpoint does not exist or was written by another number of processes.
     """
-    checkpoints = list_checkpoints(Path(args.output_dir))
     if args.resume_from_checkpoint is None:
-        if checkpoints:
-            raise ValueError(
-                f"{args.output_dir} already holds {checkpoints[-1].name}: "
-                "pass --resume_from_checkpoint latest, or another --output_dir"
-            )
         return 0
     if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(Path(args.output_dir))
         if not checkpoints:
             logger.info(f"no checkpoint in {args.output_dir} yet: a new run")
             return 0

@@ -62,27 +62,29 @@ def create_transformer(
 
     Raises `ValueError` when the trained one has another codebook or other conditions.
     """
+    grid = vae.config.sample_size // vae.downsample_factor
+    code_shape = (grid, grid, vae.config.depth)
     if args.transformer is not None:
         model = RQTransformerModel.from_pretrained(args.transformer, dtype=torch.float32)
         config = model.config
-        found = (config.cond_vocab_size, config.cond_length, config.null_cond_id)
-        if found != (cond_vocab_size, cond_length, null_cond_id):
+        found = (config.code_shape, config.cond_vocab_size, config.cond_length, config.null_cond_id)
+        needed = (code_shape, cond_vocab_size, cond_length, null_cond_id)
+        if found != needed:
             raise ValueError(
-                f"--transformer {args.transformer} has (condition ids, length, null id) {found}, "
-                f"this data needs {(cond_vocab_size, cond_length, null_cond_id)}"
+                f"--transformer {args.transformer} has (code shape, condition ids, length, null id) {found}, "
+                f"this data needs {needed}"
             )
         if not torch.equal(model.codebook, vae.quantizer.codebook.cpu()):
             raise ValueError(f"--transformer {args.transformer} has another codebook than --rqvae {args.rqvae}")
         model.set_attn_implementation(args.attn_implementation)
         return model
-    grid = vae.config.sample_size // vae.downsample_factor
     stack = {
         "hidden_size": args.hidden_size,
         "num_attention_heads": args.num_attention_heads,
         "hidden_dropout": args.hidden_dropout,
     }
     config = RQTransformerConfig(
-        code_shape=(grid, grid, vae.config.depth),
+        code_shape=code_shape,
         codebook_size=vae.config.codebook_size,
         codebook_dim=vae.config.codebook_dim,
         shared_codebook=vae.config.shared_codebook,
