@@ -147,6 +147,8 @@ class RQGenerationMixin(GenerationMixin):
                 codes_map = codes.view(batch_size, height, width, depth)
                 replaced = on_position(position, codes_map.clone())
                 if replaced is not None and not torch.equal(replaced, codes_map):
+                    if len(replaced) != batch_size:
+                        raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
                     codes = self._prepare_codes(replaced, position + 1, batch_size)
                     spatial_cache.reset()
                     inputs = prefix(position + 1)
