@@ -23,7 +23,7 @@ PROMPTS = [
     "woman astronaut medium skin tone",
     "man farmer dark skin tone",
     "woman judge dark skin tone",
-    "waving hand dark skin tone",
+    "waving hand",
     "rainbow flag",
     "Japan",
     "red heart",

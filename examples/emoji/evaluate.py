@@ -63,8 +63,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of captions and of the sampling")
     for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("guidance_scale", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely code each time")
     args = parser.parse_args()
     sampling = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "guidance_scale")}
+    sampling["do_sample"] = False if args.greedy else None
 
     pipe = RQPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)

@@ -140,6 +140,8 @@ class ResidualQuantizer(nn.Module):
             codes `(..., D)` int64 and residuals `(..., D, C)` float32, where residual d is what depth d quantizes.
         """
         self._check_vectors(z)
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
         with torch.autocast(z.device.type, enabled=False):
             residual = z.float().reshape(-1, self.codebook_dim)
             codes, residuals = [], []

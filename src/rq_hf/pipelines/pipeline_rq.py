@@ -194,7 +194,8 @@ class RQPipeline(DiffusionPipeline):
                 if callback_on_step_end is None:
                     return None
                 tensors = {"codes": codes} if "codes" in callback_on_step_end_tensor_inputs else {}
-                return callback_on_step_end(self, position - start, position, tensors).get("codes")
+                outputs = callback_on_step_end(self, position - start, position, tensors)
+                return None if outputs is None else outputs.get("codes")
 
             codes = self.transformer.generate(
                 cond_ids,
@@ -222,6 +223,7 @@ class RQPipeline(DiffusionPipeline):
         """
         factor = self.vae.downsample_factor
         images = image if isinstance(image, list) else [image]
+        images = [to_rgb(i) if isinstance(i, PIL.Image.Image) else i for i in images]
         sizes = {i.size for i in images if isinstance(i, PIL.Image.Image)}
         if len(sizes) > 1:
             raise ValueError(f"pictures of one batch must have one size, got {sorted(sizes)}")
@@ -230,9 +232,7 @@ class RQPipeline(DiffusionPipeline):
         for i in images:
             if not isinstance(i, PIL.Image.Image) and not torch.as_tensor(i).is_floating_point():
                 raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {i.dtype}")
-        if sizes:
-            image = [to_rgb(i) for i in images]
-        pixels = self.image_processor.preprocess(image)
+        pixels = self.image_processor.preprocess(images if sizes else image)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
     @torch.no_grad()
