@@ -72,7 +72,7 @@ def main() -> None:
     condition = {"cond_vocab_size": num_classes + 1, "null_cond_id": num_classes} if num_classes else {}
     model = create_transformer(vae, args, **condition)
     if optimization.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -95,7 +95,7 @@ def main() -> None:
         vae, args, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
     )
     if optimization.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     pipeline = RQPipeline(vae, model, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     if text.validation_prompts:
