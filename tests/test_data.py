@@ -10,7 +10,16 @@ from PIL import Image
 from shapes import CAPTIONS, create_shapes, draw_shape, write_parquet, write_shapes
 from transformers import AutoTokenizer
 
-from rq_hf.data import Collator, DataArguments, TrainingStream, decode_image, load_images, to_pixels, train_tokenizer
+from rq_hf.data import (
+    Collator,
+    DataArguments,
+    TrainingStream,
+    decode_image,
+    load_images,
+    next_readable,
+    to_pixels,
+    train_tokenizer,
+)
 
 streaming_or_not = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
 
@@ -292,9 +301,20 @@ class TestCollator:
         with pytest.raises(ValueError, match="caption of example 103 must be a string, got None"):
             Collator("image", 16, text_column="text", tokenizer=tokenizer)(examples)
 
-    def test_stops_when_no_image_of_a_batch_can_be_decoded(self):
-        with pytest.raises(ValueError, match="none of the 2 images"):
-            Collator("image", 16, skip_corrupt_images=True)([{"image": self.CORRUPT, "example_index": 0}] * 2)
+    def test_passes_over_batches_without_a_readable_image(self):
+        collate = Collator("image", 16, skip_corrupt_images=True)
+        corrupt = [{"image": self.CORRUPT, "example_index": 0}] * 2
+        good = [{"image": draw_shape(0, 16), "example_index": 1}]
+        batches = iter([collate(corrupt), collate(corrupt[:1]), collate(good + corrupt), collate(good)])
+        first, second = next_readable(batches), next_readable(batches)
+        assert (len(first["pixels"]), first["skipped_images"]) == (1, 5)
+        assert (len(second["pixels"]), second["skipped_images"]) == (1, 0)
+
+    def test_stops_when_no_image_of_many_can_be_decoded(self):
+        collate = Collator("image", 16, skip_corrupt_images=True)
+        batches = (collate([{"image": self.CORRUPT, "example_index": 0}] * 2) for _ in range(100))
+        with pytest.raises(ValueError, match="none of 6 images in a row can be decoded"):
+            next_readable(batches, patience=5)
 
 
 class TestTrainTokenizer:

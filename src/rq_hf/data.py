@@ -133,7 +133,7 @@ class Collator:
     `truncated_captions`.
 
     Raises `ValueError` with the example's index for a caption that is no string, and for an image that cannot be
-    decoded, unless `skip_corrupt_images`.
+    decoded, unless `skip_corrupt_images`; a batch may then be without images, see [`next_readable`].
     """
 
     def __init__(
@@ -168,9 +168,12 @@ class Collator:
                 ) from error
             pixels.append(to_pixels(image, self.resolution))
             kept.append(example)
+        batch = {
+            "pixels": torch.stack(pixels) if pixels else torch.empty(0),
+            "skipped_images": len(examples) - len(kept),
+        }
         if not kept:
-            raise ValueError(f"none of the {len(examples)} images of a batch can be decoded")
-        batch = {"pixels": torch.stack(pixels), "skipped_images": len(examples) - len(kept)}
+            return batch
         if self.random_flip:
             mirrored = torch.rand(len(kept)) < 0.5
             batch["pixels"][mirrored] = batch["pixels"][mirrored].flip(-1)
@@ -185,6 +188,21 @@ class Collator:
         if self.label_column is not None:
             batch["cond_ids"] = torch.tensor([[example[self.label_column]] for example in kept])
         return batch
+
+
+def next_readable(batches: Iterator[dict], patience: int = 10_000) -> dict:
+    """The next batch that has images; its `skipped_images` include those of the batches passed over.
+
+    Raises `ValueError` when `patience` images in a row cannot be decoded.
+    """
+    skipped = 0
+    for batch in batches:
+        skipped += batch["skipped_images"]
+        if len(batch["pixels"]):
+            return {**batch, "skipped_images": skipped}
+        if skipped >= patience:
+            break
+    raise ValueError(f"none of {skipped} images in a row can be decoded")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[torch.Tensor, int]:

@@ -22,7 +22,7 @@ from huggingface_hub import create_repo, upload_folder
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
-from .data import Collator, DataArguments, TrainingStream
+from .data import Collator, DataArguments, TrainingStream, next_readable
 from .images import image_grid
 
 logger = get_logger(__name__)
@@ -276,7 +276,8 @@ def train(
     model.train()
     while step < args.max_train_steps:
         for _ in range(args.gradient_accumulation_steps):
-            batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in next(batches).items()}
+            batch = next_readable(batches)
+            batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             with accelerator.accumulate(model):
                 loss, metrics = compute_loss(model, batch)
                 accelerator.backward(loss)
