@@ -1,7 +1,7 @@
 """Turn a trained pipeline into the small one that is published: half-precision files and default sampling settings.
 
     python examples/emoji/export.py --pipeline runs/emoji/pipeline --output src/rq_hf/emoji_model \\
-        --card model_cards/emoji.md --top_p 0.9
+        --card model_cards/emoji.md --temperature 0.2
 
 Weights are stored in half precision and computed with in single precision when loaded.
 """

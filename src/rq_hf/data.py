@@ -168,12 +168,9 @@ class Collator:
                 ) from error
             pixels.append(to_pixels(image, self.resolution))
             kept.append(example)
-        batch = {
-            "pixels": torch.stack(pixels) if pixels else torch.empty(0),
-            "skipped_images": len(examples) - len(kept),
-        }
         if not kept:
-            return batch
+            return {"pixels": torch.empty(0), "skipped_images": len(examples)}
+        batch = {"pixels": torch.stack(pixels), "skipped_images": len(examples) - len(kept)}
         if self.random_flip:
             mirrored = torch.rand(len(kept)) < 0.5
             batch["pixels"][mirrored] = batch["pixels"][mirrored].flip(-1)

@@ -76,26 +76,25 @@ def create_transformer(
             )
         if not torch.equal(model.codebook, vae.quantizer.codebook.cpu()):
             raise ValueError(f"--transformer {args.transformer} has another codebook than --rqvae {args.rqvae}")
-        model.set_attn_implementation(args.attn_implementation)
-        return model
-    stack = {
-        "hidden_size": args.hidden_size,
-        "num_attention_heads": args.num_attention_heads,
-        "hidden_dropout": args.hidden_dropout,
-    }
-    config = RQTransformerConfig(
-        code_shape=code_shape,
-        codebook_size=vae.config.codebook_size,
-        codebook_dim=vae.config.codebook_dim,
-        shared_codebook=vae.config.shared_codebook,
-        cond_vocab_size=cond_vocab_size,
-        cond_length=cond_length,
-        null_cond_id=null_cond_id,
-        spatial_config={**stack, "num_hidden_layers": args.spatial_layers},
-        depth_config={**stack, "num_hidden_layers": args.depth_layers},
-    )
-    model = RQTransformerModel(config)
-    model.set_codebook(vae.quantizer.codebook)
+    else:
+        stack = {
+            "hidden_size": args.hidden_size,
+            "num_attention_heads": args.num_attention_heads,
+            "hidden_dropout": args.hidden_dropout,
+        }
+        config = RQTransformerConfig(
+            code_shape=code_shape,
+            codebook_size=vae.config.codebook_size,
+            codebook_dim=vae.config.codebook_dim,
+            shared_codebook=vae.config.shared_codebook,
+            cond_vocab_size=cond_vocab_size,
+            cond_length=cond_length,
+            null_cond_id=null_cond_id,
+            spatial_config={**stack, "num_hidden_layers": args.spatial_layers},
+            depth_config={**stack, "num_hidden_layers": args.depth_layers},
+        )
+        model = RQTransformerModel(config)
+        model.set_codebook(vae.quantizer.codebook)
     model.set_attn_implementation(args.attn_implementation)
     return model
 

@@ -108,8 +108,9 @@ class RQPipeline(DiffusionPipeline):
             raise ValueError("this model needs a prompt")
         if class_labels is not None:
             if not self.is_class_conditional:
-                kind = "a prompt" if self.is_text_conditional else "neither a prompt nor class_labels"
-                raise ValueError(f"this model takes {kind}, got class_labels={class_labels!r}")
+                raise ValueError(
+                    f"this model takes neither a prompt nor class_labels, got class_labels={class_labels!r}"
+                )
             self._check_class_labels([class_labels] if isinstance(class_labels, int) else class_labels)
         elif self.is_class_conditional:
             raise ValueError("this model needs class_labels")
