@@ -121,10 +121,10 @@ def reconstructions(model: RQVAEModel, pixels: torch.Tensor) -> dict[str, torch.
 
 
 def model_card(args: RQVAEArguments, model: RQVAEModel) -> str:
-    grid = args.resolution // model.downsample_factor
+    height, width = (args.resolution // pixels for pixels in model.pixels_per_code)
     return (
         "---\nlibrary_name: rq_hf\ntags:\n- rq-vae\n- image-tokenizer\n---\n\n"
-        f"# RQ-VAE {args.resolution}² → {grid}×{grid}×{args.depth}, {args.codebook_size} codewords\n\n"
+        f"# RQ-VAE {args.resolution}² → {height}×{width}×{args.depth}, {args.codebook_size} codewords\n\n"
         "```python\nfrom rq_hf import RQVAEModel\n\nvae = RQVAEModel.from_pretrained(...)\n"
         "codes = vae.get_codes(pixels)  # (B, 3, height, width) in [-1, 1] -> (B, H, W, D)\n"
         "pixels = vae.decode_codes(codes).sample\n```\n"
@@ -137,8 +137,8 @@ def main() -> None:
     )
     accelerator = create_accelerator(optimization)
     model = create_model(args)
-    if args.resolution % model.downsample_factor:
-        raise ValueError(f"--resolution must be divisible by {model.downsample_factor}, got {args.resolution}")
+    if any(args.resolution % pixels for pixels in model.pixels_per_code):
+        raise ValueError(f"--resolution must be divisible by {max(model.pixels_per_code)}, got {args.resolution}")
     if optimization.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 

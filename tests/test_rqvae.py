@@ -44,7 +44,7 @@ def test_each_level_but_the_last_halves_the_image(levels):
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
     )
-    assert vae.downsample_factor == 2 ** (levels - 1)
+    assert vae.pixels_per_code == (2 ** (levels - 1),) * 2
     assert vae.get_codes(tiny_pixels(1, 8, 16)).shape == (1, 8 // 2 ** (levels - 1), 16 // 2 ** (levels - 1), D)
 
 

@@ -62,8 +62,8 @@ def create_transformer(
 
     Raises `ValueError` when the trained one has another codebook or other conditions.
     """
-    grid = vae.config.sample_size // vae.downsample_factor
-    code_shape = (grid, grid, vae.config.depth)
+    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
+    code_shape = (height, width, vae.config.depth)
     if args.transformer is not None:
         model = RQTransformerModel.from_pretrained(args.transformer, dtype=torch.float32)
         config = model.config
@@ -111,9 +111,9 @@ class TransformerLoss:
     def __call__(self, model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         soft = self.args.labels == "soft"
         with torch.no_grad(), self.autocast():
-            latents = self.vae.encode(batch["pixels"]).latents.permute(0, 2, 3, 1)  # (B, H, W, C)
+            vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)  # (B, H, W, C)
             temperature = self.args.soft_label_temperature if soft else None
-            codes, residuals = self.vae.quantizer.get_codes(latents, temperature)
+            codes, residuals = self.vae.quantizer.get_codes(vectors, temperature)
         output = model(
             codes,
             self.drop_conditions(batch.get("cond_ids")),

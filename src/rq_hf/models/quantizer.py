@@ -4,6 +4,7 @@ Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shap
 dimension of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share it, else D).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class ResidualQuantizer(nn.Module):
         depth (`int`): D.
         shared_codebook (`bool`): one codebook for all depths (as in the paper) or one per depth.
         codebook_update (`str`): `"ema"` or `"gradient"`.
-        ema_decay (`float`): decay of the running counts and sums, in [0, 1).
+        ema_decay (`float`, or one per codebook): decay of the running counts and sums, in [0, 1).
         restart_unused_codes (`bool`): whether dead codewords are restarted (`"ema"` only).
         epsilon (`float`): Laplace smoothing of the running counts.
     """
@@ -64,7 +65,7 @@ class ResidualQuantizer(nn.Module):
         depth: int,
         shared_codebook: bool = True,
         codebook_update: str = "ema",
-        ema_decay: float = 0.99,
+        ema_decay: float | Sequence[float] = 0.99,
         restart_unused_codes: bool = True,
         epsilon: float = 1e-5,
     ):
@@ -76,7 +77,11 @@ class ResidualQuantizer(nn.Module):
             )
         if codebook_update not in ("ema", "gradient"):
             raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
-        if not 0 <= ema_decay < 1:
+        num_codebooks = 1 if shared_codebook else depth
+        decays = ema_decay if isinstance(ema_decay, Sequence) else [ema_decay] * num_codebooks
+        if len(decays) != num_codebooks:
+            raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
+        if not all(0 <= decay < 1 for decay in decays):
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
@@ -87,7 +92,7 @@ class ResidualQuantizer(nn.Module):
         self.restart_unused_codes = restart_unused_codes
         self.epsilon = epsilon
 
-        codebook = torch.randn(1 if shared_codebook else depth, codebook_size, codebook_dim)  # (M, K, C)
+        codebook = torch.randn(num_codebooks, codebook_size, codebook_dim)  # (M, K, C)
         self.codebook = nn.Parameter(codebook, requires_grad=codebook_update == "gradient")
         if codebook_update == "ema":
             self.register_buffer("cluster_size", torch.zeros(codebook.shape[:2]))  # (M, K) running counts
@@ -220,9 +225,10 @@ class ResidualQuantizer(nn.Module):
             if fresh is not None:
                 dist.broadcast(fresh, src=0)
 
+        decay = self.ema_decay[m] if isinstance(self.ema_decay, Sequence) else self.ema_decay
         cluster_size, cluster_sum = self.cluster_size[m], self.cluster_sum[m]
-        cluster_size.mul_(self.ema_decay).add_(count, alpha=1 - self.ema_decay)
-        cluster_sum.mul_(self.ema_decay).add_(total, alpha=1 - self.ema_decay)
+        cluster_size.mul_(decay).add_(count, alpha=1 - decay)
+        cluster_sum.mul_(decay).add_(total, alpha=1 - decay)
         if fresh is not None:
             dead = cluster_size < 1
             cluster_sum.copy_(torch.where(dead[:, None], fresh, cluster_sum))

@@ -2,8 +2,12 @@
 
 Shapes: `B` batch, `H W` code grid, `D` quantization depth, `K` codebook size, `C` channels of a codeword. Pixels are
 `(B, 3, height, width)` in [-1, 1] with height = H·f, width = W·f, f = 2^(levels − 1).
+
+The feature map is `(B, C, H, W)`, unless one code position covers a patch of p×q features (`code_patch_size`): then it
+is `(B, C/pq, H·p, W·q)`, and the pixels are as many times more.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,13 +82,19 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         dropout (`float`): dropout inside the residual blocks.
         latent_channels (`int`): channels of the encoder's output.
         codebook_dim (`int`): C, dimension of a codeword; 1×1 convolutions lead to and from it.
+        code_patch_size (`tuple[int, int]`): rows p and columns q of features that one code position covers; its
+            vector is their concatenation, so that p·q divides `codebook_dim`.
         codebook_size (`int`): K.
         depth (`int`): D, codes per position.
         shared_codebook (`bool`): one codebook for all depths, or one per depth.
         codebook_update (`str`): `"ema"` (moving average) or `"gradient"` (codebook loss), see [`ResidualQuantizer`].
-        ema_decay (`float`): decay of the moving average.
+        ema_decay (`float`, or one per codebook): decay of the moving average.
         restart_unused_codes (`bool`): restart dead codewords at features of the batch.
         sample_size (`int`): height and width of the pictures the model was made for.
+
+    Raises:
+        `ValueError`: block types and widths of different number, patches that do not divide a codeword, and what
+            [`ResidualQuantizer`] refuses.
     """
 
     _supports_gradient_checkpointing = True
@@ -107,11 +117,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         dropout: float = 0.0,
         latent_channels: int = 256,
         codebook_dim: int = 256,
+        code_patch_size: tuple[int, int] = (1, 1),
         codebook_size: int = 16384,
         depth: int = 4,
         shared_codebook: bool = True,
         codebook_update: str = "ema",
-        ema_decay: float = 0.99,
+        ema_decay: float | tuple[float, ...] = 0.99,
         restart_unused_codes: bool = True,
         sample_size: int = 256,
     ):
@@ -121,6 +132,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
                 "down_block_types, up_block_types and block_out_channels need one entry per level, got "
                 f"{len(down_block_types)}, {len(up_block_types)} and {len(block_out_channels)}"
             )
+        if min(code_patch_size) < 1 or codebook_dim % math.prod(code_patch_size):
+            raise ValueError(
+                "code_patch_size must be two numbers of at least 1 whose product divides codebook_dim, got "
+                f"{tuple(code_patch_size)} and {codebook_dim}"
+            )
+        feature_channels = codebook_dim // math.prod(code_patch_size)
         self.encoder = Encoder(
             in_channels=in_channels,
             out_channels=latent_channels,
@@ -131,7 +148,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             double_z=False,
             mid_block_add_attention=mid_block_add_attention,
         )
-        self.quant_conv = nn.Conv2d(latent_channels, codebook_dim, 1)
+        self.quant_conv = nn.Conv2d(latent_channels, feature_channels, 1)
         self.quantizer = ResidualQuantizer(
             codebook_size,
             codebook_dim,
@@ -141,7 +158,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             ema_decay=ema_decay,
             restart_unused_codes=restart_unused_codes,
         )
-        self.post_quant_conv = nn.Conv2d(codebook_dim, latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(feature_channels, latent_channels, 1)
         self.decoder = Decoder(
             in_channels=latent_channels,
             out_channels=out_channels,
@@ -157,16 +174,17 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_slicing = False
 
     @property
-    def downsample_factor(self) -> int:
-        """f: pixels per position of the code grid, along each side."""
-        return 2 ** (len(self.config.block_out_channels) - 1)
+    def pixels_per_code(self) -> tuple[int, int]:
+        """Rows and columns of pixels that one position of the code grid covers."""
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        rows, columns = self.config.code_patch_size
+        return factor * rows, factor * columns
 
     @apply_forward_hook
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
 
-        Raises `ValueError` when height or width is not divisible by the downsampling factor, or for another number of
-        channels.
+        Raises `ValueError` when code positions do not cover the pixels, or for another number of channels.
         """
         self.check_pixels(pixels)
         latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
@@ -177,8 +195,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, latents: torch.Tensor, return_dict: bool = True
     ) -> RQVAEQuantizerOutput | tuple[torch.Tensor, ...]:
         """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook."""
-        out = self.quantizer(latents.permute(0, 2, 3, 1))  # (B, H, W, C)
-        quantized = out.quantized.permute(0, 3, 1, 2)
+        out = self.quantizer(self.latents_to_vectors(latents))
+        quantized = self.vectors_to_latents(out.quantized)
         if not return_dict:
             return quantized, out.codes, out.commitment_loss, out.codebook_loss
         return RQVAEQuantizerOutput(quantized, out.codes, out.commitment_loss, out.codebook_loss)
@@ -202,8 +220,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     @torch.no_grad()
     def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
         """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
-        latents = self.encode(pixels).latents
-        return self.quantizer.get_codes(latents.permute(0, 2, 3, 1))[0]
+        return self.quantizer.get_codes(self.latents_to_vectors(self.encode(pixels).latents))[0]
 
     @apply_forward_hook
     @torch.no_grad()
@@ -223,8 +240,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Returns:
             targets `(B, H, W, D, K)` float32 and codes `(B, H, W, D)`.
         """
-        latents = self.encode(pixels).latents
-        return self.quantizer.get_soft_codes(latents.permute(0, 2, 3, 1), temperature, stochastic, generator)
+        vectors = self.latents_to_vectors(self.encode(pixels).latents)
+        return self.quantizer.get_soft_codes(vectors, temperature, stochastic, generator)
 
     @apply_forward_hook
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
@@ -245,12 +262,28 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         depth = self.config.depth if depth is None else depth
         if not 1 <= depth <= self.config.depth:
             raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
-        quantized = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
-        return self.decode(quantized.permute(0, 3, 1, 2).to(self.dtype), return_dict=return_dict)
+        vectors = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
+        return self.decode(self.vectors_to_latents(vectors).to(self.dtype), return_dict=return_dict)
+
+    def latents_to_vectors(self, latents: torch.Tensor) -> torch.Tensor:
+        """Feature map `(B, C, H, W)` -> the vectors `(B, H, W, C)` that are quantized, one per code position.
+
+        Raises `ValueError` when patches of `code_patch_size` do not cover the map.
+        """
+        rows, columns = self.config.code_patch_size
+        if latents.shape[-2] % rows or latents.shape[-1] % columns:
+            raise ValueError(f"patches of {rows}×{columns} do not cover a feature map of {tuple(latents.shape)}")
+        patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C/pq, H, p, W, q)
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+
+    def vectors_to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`latents_to_vectors`]: `(B, H, W, C)` -> `(B, C, H, W)`."""
+        patches = vectors.unflatten(3, (*self.config.code_patch_size, -1))  # (B, H, W, p, q, C/pq)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises `ValueError` unless `pixels` is `(B, 3, height, width)` with sides the encoder can divide."""
-        factor = self.downsample_factor
+        rows, columns = self.pixels_per_code
         if pixels.ndim != 4 or pixels.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"pixels must have the shape (B, {self.config.in_channels}, height, width), got {tuple(pixels.shape)}"
@@ -258,10 +291,10 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not pixels.is_floating_point():
             raise TypeError(f"pixels must be floating point in [-1, 1], got {pixels.dtype}")
         height, width = pixels.shape[-2:]
-        if height % factor or width % factor:
+        if height % rows or width % columns:
             raise ValueError(
-                f"height and width must be divisible by {factor}, the downsampling factor of this encoder; "
-                f"got {height}×{width}"
+                f"height and width must be divisible by {rows} and {columns}, the pixels that one code position "
+                f"covers; got {height}×{width}"
             )
 
     def _slices(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -63,7 +63,7 @@ class RQPipeline(DiffusionPipeline):
                 f"got {ours} and {theirs}"
             )
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.downsample_factor, do_resize=False)
+        self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
     def is_text_conditional(self) -> bool:
@@ -219,17 +219,18 @@ class RQPipeline(DiffusionPipeline):
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
         """Pictures (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
 
-        They are not resized: raises `ValueError` where the encoder cannot divide their sides, and `TypeError` for
-        pixels that are integers.
+        PIL pictures become grey for an RQ-VAE of one channel. They are not resized: raises `ValueError` where the
+        encoder cannot divide their sides, and `TypeError` for pixels that are integers.
         """
-        factor = self.vae.downsample_factor
+        rows, columns = self.vae.pixels_per_code
+        mode = "L" if self.vae.config.in_channels == 1 else "RGB"
         images = image if isinstance(image, list) else [image]
-        images = [to_rgb(i) if isinstance(i, PIL.Image.Image) else i for i in images]
+        images = [to_rgb(i).convert(mode) if isinstance(i, PIL.Image.Image) else i for i in images]
         sizes = {i.size for i in images if isinstance(i, PIL.Image.Image)}
         if len(sizes) > 1:
             raise ValueError(f"pictures of one batch must have one size, got {sorted(sizes)}")
-        if any(side % factor for size in sizes for side in size):
-            raise ValueError(f"width and height must be divisible by {factor}, got {sizes.pop()}")
+        if any(width % columns or height % rows for width, height in sizes):
+            raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
         for i in images:
             if not isinstance(i, PIL.Image.Image) and not torch.as_tensor(i).is_floating_point():
                 raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {i.dtype}")
