@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ._registration import register
+from .convert import convert_original_checkpoint
 from .models import (
     ResidualQuantizer,
     RQStackConfig,
@@ -26,4 +27,5 @@ __all__ = [
     "RQTransformerModel",
     "RQVAEModel",
     "ResidualQuantizer",
+    "convert_original_checkpoint",
 ]

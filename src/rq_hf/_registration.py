@@ -1,9 +1,11 @@
 """The one place that touches the tables of diffusers and transformers: their loaders find our classes by name."""
 
 import diffusers
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from transformers import AutoConfig, AutoModel
 
+from .convert import single_file_config, single_file_weights
 from .models import RQStackConfig, RQTransformerConfig, RQTransformerModel, RQVAEModel
 from .pipelines import RQPipeline
 
@@ -16,6 +18,10 @@ def register() -> None:
     # Where `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` look classes up.
     diffusers.RQPipeline = RQPipeline
     diffusers.RQVAEModel = RQVAEModel
+    SINGLE_FILE_LOADABLE_CLASSES["RQVAEModel"] = {
+        "config_mapping_fn": single_file_config,
+        "checkpoint_mapping_fn": single_file_weights,
+    }
     AutoConfig.register(RQStackConfig.model_type, RQStackConfig)
     AutoConfig.register(RQTransformerConfig.model_type, RQTransformerConfig)
     AutoModel.register(RQTransformerConfig, RQTransformerModel)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
@@ -65,7 +66,7 @@ class RQVAEOutput(BaseOutput):
     codebook_loss: torch.Tensor | None = None
 
 
-class RQVAEModel(ModelMixin, AutoencoderMixin, ConfigMixin):
+class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
     r"""
     A VQ-GAN encoder and decoder with residual quantization between them. With `depth=1` it is a VQ-VAE.
 

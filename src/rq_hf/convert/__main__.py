@@ -1,0 +1,57 @@
+"""
+Converts checkpoints of kakaobrain/rq-vae-transformer, the code of "Autoregressive Image Generation using Residual
+Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .conversion import convert_original_checkpoint
+
+EPILOG = """\
+examples:
+  python -m rq_hf.convert imagenet_1.4B.tar.gz models/imagenet-1.4b
+  python -m rq_hf.convert cc3m.tar.gz models/cc3m --tokenizer rq-vae-transformer/rqvae/txtimg_datasets/tokenizers/pretrained
+  python -m rq_hf.convert models/cat --rqvae stage1/model.pt --rqtransformer stage2/model.pt --ema
+  python -m rq_hf.convert models/rqvae --rqvae stage1/model.pt
+
+files:
+  SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
+                    stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
+  DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and README.md, a model
+                    card; of an RQ-VAE alone its config.json and weights. The folder appears when all is written.
+
+Disk: an archive is unpacked beside DESTINATION and removed afterwards. Memory: at most the checkpoint plus 2 GB.
+Only tensors are read from .pt files; nothing in them is executed, and archives cannot write outside of themselves.
+
+The released weights are under CC BY-NC-SA 4.0: no commercial use.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m rq_hf.convert",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [SOURCE] DESTINATION [--rqvae FILE] [--rqtransformer FILE] [--ema] [--tokenizer FOLDER]",
+    )
+    parser.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help="archive or folder with both stages")
+    parser.add_argument("destination", type=Path, metavar="DESTINATION", help="new or empty folder to write to")
+    parser.add_argument("--rqvae", type=Path, metavar="FILE", help=".pt file of the RQ-VAE, config.yaml beside it")
+    parser.add_argument("--rqtransformer", type=Path, metavar="FILE", help=".pt file of the RQ-Transformer, likewise")
+    parser.add_argument(
+        "--ema", action="store_true", help="take the moving average of the weights (of the last stage that is given)"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="folder with vocab.json and merges.txt of a text model"
+    )
+    try:
+        convert_original_checkpoint(**vars(parser.parse_intermixed_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

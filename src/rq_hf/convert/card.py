@@ -1,0 +1,110 @@
+"""What the converter says of what it has made: the summary for the terminal, the card for the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from ..models import RQTransformerConfig, RQVAEModel
+from ..pipelines import RQPipeline
+from .files import Checkpoint
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+Converted with `rq_hf` from a checkpoint of the authors of *Autoregressive Image Generation using Residual Quantization*
+([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)),
+[kakaobrain/rq-vae-transformer](https://github.com/kakaobrain/rq-vae-transformer). Values are theirs, names are ours.
+
+```python
+{usage}
+```
+
+{facts}
+
+## Licence
+
+The weights that the authors released, © Kakao Brain Corp., are under
+[CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/): name them, share alike, and **no commercial use**.
+This conversion of them is under the same licence. The code that runs them, `rq_hf`, is under Apache-2.0.
+"""
+
+
+def model_card(model: RQPipeline | RQVAEModel) -> str:
+    """A card with valid Hub metadata, the lines that load the model, its sizes, and the licence of the weights."""
+    if isinstance(model, RQVAEModel):
+        tags, kind = ["rq-vae", "image-tokenizer"], None
+        title = "RQ-VAE"
+        usage = (
+            "from rq_hf import RQVAEModel\n\nvae = RQVAEModel.from_pretrained(...)\n"
+            "codes = vae.get_codes(pixels)  # pixels in [-1, 1] -> (B, H, W, D)\n"
+            "pixels = vae.decode_codes(codes).sample"
+        )
+    else:
+        tags, title = ["rq-vae", "rq-transformer"], "RQ-VAE and RQ-Transformer"
+        kind = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
+        call = "pipe()"
+        if model.is_text_conditional:
+            call = 'pipe("a painting by Vincent Van Gogh")'
+        elif model.is_class_conditional:
+            call = "pipe(class_labels=0)"
+        usage = f"from rq_hf import RQPipeline\n\npipe = RQPipeline.from_pretrained(...)\n{call}.images[0]"
+    metadata = ModelCardData(license="cc-by-nc-sa-4.0", library_name="rq_hf", pipeline_tag=kind, tags=tags)
+    facts = "\n".join(f"* {fact}" for fact in sizes(model))
+    return CARD.format(metadata=metadata.to_yaml(), title=title, usage=usage, facts=facts)
+
+
+def summary(model: RQPipeline | RQVAEModel, checkpoints: list[Checkpoint], destination: Path | None) -> str:
+    """What was read, what came of it, and what was ignored, one line each."""
+    lines = [f"read     {checkpoint.label}" for checkpoint in checkpoints]
+    lines += [f"made     {size}" for size in sizes(model)]
+    for checkpoint in checkpoints:
+        lines.append(f"ignored  {checkpoint.label}: {', '.join(checkpoint.unused)}")
+        options = ", ".join(checkpoint.config.unread())
+        if options:
+            lines.append(f"ignored  {Path(checkpoint.label).with_name('config.yaml')}: {options}")
+    if destination is not None:
+        lines.append(f"written  {destination}")
+    return "\n".join(lines)
+
+
+def sizes(model: RQPipeline | RQVAEModel) -> list[str]:
+    vae = model if isinstance(model, RQVAEModel) else model.vae
+    quantizer = vae.quantizer
+    parameters = sum(p.numel() for p in vae.parameters()) - quantizer.codebook.numel()
+    codebooks = "one codebook" if quantizer.shared_codebook else f"{quantizer.depth} codebooks"
+    lines = [
+        f"RQ-VAE: {parameters:,} parameters; {codebooks} of {quantizer.codebook_size:,} × {quantizer.codebook_dim}, "
+        f"depth {quantizer.depth}"
+    ]
+    if isinstance(model, RQPipeline):
+        config: RQTransformerConfig = model.transformer.config
+        lines += [
+            f"RQ-Transformer: {model.transformer.num_parameters():,} parameters; codes "
+            f"{'×'.join(map(str, config.code_shape))} of {config.codebook_size:,}; {condition(config)}",
+            f"sampling: {sampling(model.transformer.generation_config)}",
+        ]
+        if model.is_text_conditional:
+            lines.append(tokenizer_line(model))
+    return lines
+
+
+def condition(config: RQTransformerConfig) -> str:
+    if config.cond_length > 1:
+        return f"conditioned on {config.cond_length} tokens of {config.cond_vocab_size:,}"
+    return f"conditioned on {config.cond_vocab_size:,} classes" if config.cond_vocab_size > 1 else "unconditional"
+
+
+def sampling(config) -> str:
+    settings = {name: getattr(config, name, None) for name in ("temperature", "top_k", "top_p")}
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None) or "no settings"
+
+
+def tokenizer_line(pipeline: RQPipeline) -> str:
+    if pipeline.tokenizer is None:
+        return "no tokenizer: prompts need one, condition ids do not"
+    known, accepted = len(pipeline.tokenizer), pipeline.transformer.config.cond_vocab_size
+    note = "" if known <= accepted else f", BUT THE MODEL ONLY TAKES THE FIRST {accepted:,}"
+    return f"tokenizer: {known:,} tokens{note}"

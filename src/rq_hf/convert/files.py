@@ -1,0 +1,112 @@
+"""Finding and reading the authors' files: tar archives, folders, `model.pt` beside `config.yaml`."""
+
+import gzip
+import lzma
+import pickle
+import re
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .configs import Section, read_config, stage_of
+
+
+@dataclass
+class Checkpoint:
+    """One stage: its weights, its `config.yaml`, its name in messages, and what of the weights is not used."""
+
+    weights: Path
+    config: Section
+    label: str
+    unused: list[str] = field(default_factory=list)
+
+    def load(self, ema: bool) -> dict[str, torch.Tensor]:
+        """The memory-mapped state dict, or the moving average of it.
+
+        Nothing that the file might want to execute is executed. Raises `ValueError` for anything but a dictionary of
+        tensors that PyTorch can map.
+        """
+        try:
+            contents = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"Python objects ({name[1]})" if name else "something that is not a PyTorch checkpoint"
+            raise ValueError(f"{self.label} holds {what}; only tensors are read") from error
+        except (RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(
+                f"{self.label} is no whole PyTorch checkpoint (torch.save since 1.6): {first_line(error)}"
+            ) from error
+        key = "state_dict_ema" if ema else "state_dict"
+        state_dict = contents.get(key) if isinstance(contents, dict) else None
+        if not isinstance(state_dict, dict) or not all(isinstance(w, torch.Tensor) for w in state_dict.values()):
+            found = ", ".join(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
+            raise ValueError(f"{self.label} has no {key}; it has {found}")
+        self.unused += [name for name in contents if name != key]
+        return state_dict
+
+
+def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:
+    """The `.pt` file of a stage, `"rq-vae"` or `"rq-transformer"`, with the `config.yaml` beside it.
+
+    Raises `FileNotFoundError` for a file that is not there, `ValueError` for one of another stage.
+    """
+    weights = Path(weights)
+    config_path = weights.with_name("config.yaml")
+    for path in (weights, config_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+    config = read_config(config_path)
+    if stage_of(config) != stage:
+        found = stage_of(config) or "something else"
+        raise ValueError(f"{weights} must be an {stage}, but {config_path} describes {found}")
+    return Checkpoint(weights, config, str(weights))
+
+
+def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
+    """All stages below a folder, called `name`: each `config.yaml` of an RQ-VAE or RQ-Transformer with its `.pt` file.
+
+    Raises `ValueError` when there are none, or two of a stage.
+    """
+    found = {}
+    for path in sorted(folder.rglob("config.yaml")):
+        config = read_config(path)
+        stage = stage_of(config)
+        if stage is None:
+            continue
+        place = Path(name, path.parent.relative_to(folder))
+        files = sorted(path.parent.glob("*.pt"))
+        if len(files) > 1:
+            files = [file for file in files if file.name == "model.pt"] or files
+        if len(files) != 1:
+            raise ValueError(f"{place} must hold one .pt file, or one called model.pt; got {[f.name for f in files]}")
+        label = str(place / files[0].name)
+        if stage in found:
+            raise ValueError(f"two checkpoints of an {stage}: {found[stage].label} and {label}; name the file to take")
+        found[stage] = Checkpoint(files[0], config, label)
+    if not found:
+        raise ValueError(f"{name} has no config.yaml of an RQ-VAE or RQ-Transformer")
+    return found
+
+
+def extract_archive(archive: Path, folder: Path) -> None:
+    """Extracts the `.pt` files and `config.yaml`s of a tar archive.
+
+    Raises `ValueError` for a broken archive, and for one with any member outside of itself.
+    """
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                tarfile.data_filter(member, str(folder))
+                if member.isfile() and (member.name.endswith(".pt") or Path(member.name).name == "config.yaml"):
+                    tar.extract(member, folder, filter="data")
+    except tarfile.FilterError as error:
+        raise ValueError(f"{archive} is refused: {first_line(error)}") from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{archive} is no whole tar archive: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,45 @@
+"""The authors' tokenizer files -> a tokenizer of transformers."""
+
+from pathlib import Path
+
+from tokenizers.implementations import CharBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+# `dataset.txt_tok_name` -> how their file names begin
+FILE_PREFIXES = {"bpe16k_huggingface": "bpe-16k-", "bpe30k_huggingface": "bpe-30k-"}
+
+
+def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) -> PreTrainedTokenizerFast:
+    """
+    Character-level BPE on lower-cased text with its accents, padded on the right with `[PAD]` and cut on the right.
+
+    Args:
+        folder: with one `…vocab.json` and one `…merges.txt`, or all of the authors' tokenizers.
+        length: L; the tokenizer's `model_max_length`.
+        name: `dataset.txt_tok_name`, which tells the authors' tokenizers apart.
+
+    Raises `ValueError` when the folder does not hold exactly one pair of files.
+    """
+    folder = Path(folder)
+    prefix = FILE_PREFIXES.get(name, "")
+    vocabularies, merges = sorted(folder.glob("*vocab.json")), sorted(folder.glob("*merges.txt"))
+    if len(vocabularies) > 1 or len(merges) > 1:
+        vocabularies, merges = (
+            [file for file in files if prefix and file.name.startswith(prefix)] for files in (vocabularies, merges)
+        )
+    if len(vocabularies) != 1 or len(merges) != 1:
+        raise ValueError(
+            f"{folder} must hold one vocab.json and one merges.txt{f' named {prefix}…' if prefix else ''}, "
+            f"got {sorted(file.name for file in folder.glob('*'))}"
+        )
+    backend = CharBPETokenizer.from_file(
+        str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True
+    )._tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        model_max_length=length,
+        padding_side="right",
+        truncation_side="right",
+    )
