@@ -82,6 +82,7 @@ def main() -> None:
         data.random_flip,
         data.skip_corrupt_images,
         label_column=classes.label_column,
+        center_crop=data.center_crop,
     )
 
     def samples() -> dict[str, torch.Tensor]:

@@ -143,7 +143,13 @@ def main() -> None:
         model.enable_gradient_checkpointing()
 
     dataset = load_images(data)
-    collate = Collator(data.image_column, args.resolution, data.random_flip, data.skip_corrupt_images)
+    collate = Collator(
+        data.image_column,
+        args.resolution,
+        data.random_flip,
+        data.skip_corrupt_images,
+        center_crop=data.center_crop,
+    )
     stream = create_stream(accelerator, dataset, collate, optimization, data)
     shown = collate(list(itertools.islice(dataset, 16)))["pixels"]
 

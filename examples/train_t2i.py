@@ -108,6 +108,7 @@ def main() -> None:
         data.skip_corrupt_images,
         text_column=text.text_column,
         tokenizer=tokenizer,
+        center_crop=data.center_crop,
     )
 
     def samples() -> dict[str, torch.Tensor]:

@@ -44,6 +44,9 @@ class DataArguments:
         default=False, metadata={"help": "Read the data set as a stream, without preparing it on disk first."}
     )
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    center_crop: bool = field(
+        default=True, metadata={"help": "Keep the middle square of an image; otherwise squeeze it into a square."}
+    )
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images at random."})
     shuffle_buffer_size: int = field(
         default=10_000,
@@ -145,6 +148,7 @@ class Collator:
         text_column: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         label_column: str | None = None,
+        center_crop: bool = True,
     ):
         self.image_column = image_column
         self.resolution = resolution
@@ -153,6 +157,7 @@ class Collator:
         self.text_column = text_column
         self.tokenizer = tokenizer
         self.label_column = label_column
+        self.center_crop = center_crop
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | int]:
         pixels, kept = [], []
@@ -166,7 +171,7 @@ class Collator:
                     f"the image of example {example['example_index']} cannot be decoded ({error}); "
                     "--skip_corrupt_images leaves such examples out and counts them"
                 ) from error
-            pixels.append(to_pixels(image, self.resolution))
+            pixels.append(to_pixels(image, self.resolution, self.center_crop))
             kept.append(example)
         if not kept:
             return {"pixels": torch.empty(0), "skipped_images": len(examples)}

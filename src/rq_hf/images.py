@@ -18,12 +18,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """RGB image -> `(3, resolution, resolution)` in [-1, 1]: shorter side resized (bilinear), then centre crop."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> torch.Tensor:
+    """
+    RGB image -> `(3, resolution, resolution)` in [-1, 1], resized with bilinear filtering as the authors do.
+
+    Args:
+        center_crop: resize the shorter side and keep the middle (their image and class models); otherwise the picture
+            is squeezed into the square (their text models).
+    """
+    width, height = (resolution * side // min(image.size) if center_crop else resolution for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
+    left, top = (round((side - resolution) / 2) for side in image.size)
     image = image.crop((left, top, left + resolution, top + resolution))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 

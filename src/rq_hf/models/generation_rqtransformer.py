@@ -235,7 +235,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     """Sets all but the top-k, and of these all but the top-p nucleus, to −inf. Logits `(B, K)` float32 -> `(B, K)`.
 
     Codes equal to the k-th largest logit are all kept. A code is kept while the mass *before* it, under the softmax of
-    what top-k kept, is below p.
+    what top-k kept, is below p; the most likely one always is.
     """
     if top_k < logits.shape[-1]:
         kth_largest = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -243,7 +243,8 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     if top_p < 1:
         probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         mass_before = probabilities.cumsum(dim=-1) - probabilities
-        outside = torch.zeros_like(mass_before, dtype=torch.bool).scatter_(-1, order, mass_before >= top_p)
+        outside = (mass_before >= top_p) & (mass_before > 0)
+        outside = torch.zeros_like(outside).scatter_(-1, order, outside)
         logits = logits.masked_fill(outside, -math.inf)
     return logits
 
