@@ -12,15 +12,17 @@ from .conversion import convert_original_checkpoint
 EPILOG = """\
 examples:
   python -m rq_hf.convert imagenet_1.4B.tar.gz models/imagenet-1.4b
-  python -m rq_hf.convert cc3m.tar.gz models/cc3m --tokenizer rq-vae-transformer/rqvae/txtimg_datasets/tokenizers/pretrained
+  python -m rq_hf.convert cc3m.tar.gz models/cc3m --tokenizer rqvae/txtimg_datasets/tokenizers/pretrained
   python -m rq_hf.convert models/cat --rqvae stage1/model.pt --rqtransformer stage2/model.pt --ema
   python -m rq_hf.convert models/rqvae --rqvae stage1/model.pt
 
 files:
   SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
                     stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
-  DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and README.md, a model
-                    card; of an RQ-VAE alone its config.json and weights. The folder appears when all is written.
+  DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and a model card,
+                    README.md; of an RQ-VAE alone its config.json and weights. It appears when all is written.
+  --tokenizer       *vocab.json and *merges.txt, one of each; or all of those in the authors' repository, where
+                    config.yaml tells which
 
 Disk: an archive is unpacked beside DESTINATION and removed afterwards. Memory: at most the checkpoint plus 2 GB.
 Only tensors are read from .pt files; nothing in them is executed, and archives cannot write outside of themselves.

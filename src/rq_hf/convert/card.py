@@ -14,9 +14,9 @@ CARD = """---
 
 # {title}
 
-Converted with `rq_hf` from a checkpoint of the authors of *Autoregressive Image Generation using Residual Quantization*
-([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)),
-[kakaobrain/rq-vae-transformer](https://github.com/kakaobrain/rq-vae-transformer). Values are theirs, names are ours.
+Converted with `rq_hf` from a checkpoint of
+[kakaobrain/rq-vae-transformer](https://github.com/kakaobrain/rq-vae-transformer), the authors' code of *Autoregressive
+Image Generation using Residual Quantization* ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).
 
 ```python
 {usage}
@@ -27,8 +27,8 @@ Converted with `rq_hf` from a checkpoint of the authors of *Autoregressive Image
 ## Licence
 
 The weights that the authors released, © Kakao Brain Corp., are under
-[CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/): name them, share alike, and **no commercial use**.
-This conversion of them is under the same licence. The code that runs them, `rq_hf`, is under Apache-2.0.
+[CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/): attribution, share alike, and
+**no commercial use**. Their conversion is under the same licence; the code that runs it, `rq_hf`, is under Apache-2.0.
 """
 
 
@@ -61,10 +61,9 @@ def summary(model: RQPipeline | RQVAEModel, checkpoints: list[Checkpoint], desti
     lines = [f"read     {checkpoint.label}" for checkpoint in checkpoints]
     lines += [f"made     {size}" for size in sizes(model)]
     for checkpoint in checkpoints:
-        lines.append(f"ignored  {checkpoint.label}: {', '.join(checkpoint.unused)}")
-        options = ", ".join(checkpoint.config.unread())
-        if options:
-            lines.append(f"ignored  {Path(checkpoint.label).with_name('config.yaml')}: {options}")
+        config_label = Path(checkpoint.label).with_name("config.yaml")
+        for label, names in ((checkpoint.label, checkpoint.unused), (config_label, checkpoint.config.unread())):
+            lines.append(f"ignored  {label}: {', '.join(names) or 'nothing'}")
     if destination is not None:
         lines.append(f"written  {destination}")
     return "\n".join(lines)

@@ -68,8 +68,8 @@ def stage_of(config: Section) -> str | None:
 def rqvae_config(config: Section) -> dict:
     """Arguments of [`RQVAEModel`].
 
-    Raises `ValueError`, naming the option and its value, for codebooks of unequal size, a `ch_mult` that does not start
-    with 1, and what no RQ-VAE of the authors can have.
+    Raises `ValueError`, naming the option and its value, for codebooks of unequal size, a `ch_mult` that does not
+    start with 1, and what no RQ-VAE of the authors can have.
     """
     arch = config["arch"]
     hparams, ddconfig = arch["hparams"], arch["ddconfig"]
@@ -93,7 +93,9 @@ def rqvae_config(config: Section) -> dict:
     if latent_rows % code_rows or latent_columns % code_columns:
         refuse(hparams, "code_shape", hparams["code_shape"], f"it must divide latent_shape {hparams['latent_shape']}")
     if hparams["embed_dim"] != latent_dim:
-        refuse(hparams, "embed_dim", hparams["embed_dim"], f"it must be that of latent_shape {hparams['latent_shape']}")
+        refuse(
+            hparams, "embed_dim", hparams["embed_dim"], f"it must be that of latent_shape {hparams['latent_shape']}"
+        )
     patch = (latent_rows // code_rows, latent_columns // code_columns)
 
     return {

@@ -45,8 +45,8 @@ def convert_original_checkpoint(
             card. It appears when all is written.
         rqvae, rqtransformer (`str` or `Path`, *optional*): the `.pt` file of a stage, instead of `source` or for what
             `source` lacks; its `config.yaml` lies beside it.
-        ema (`bool`): take `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or of
-            an RQ-VAE that comes alone.
+        ema (`bool`): take `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or
+            of an RQ-VAE that comes alone.
         tokenizer (`str` or `Path`, *optional*): folder with the vocabulary and merges of a text model.
 
     Returns:
@@ -104,7 +104,9 @@ def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, 
     for option, path, stage in (("rqvae", rqvae, RQVAE), ("rqtransformer", rqtransformer, RQTRANSFORMER)):
         if path is not None:
             if stage in found:
-                raise ValueError(f"{source} has an {stage} already ({found[stage].label}), got {option} {path} as well")
+                raise ValueError(
+                    f"{source} has an {stage} already ({found[stage].label}), got {option} {path} as well"
+                )
             found[stage] = single_checkpoint(path, stage)
     if not found:
         raise ValueError("nothing to convert: give source or rqvae")

@@ -5,11 +5,11 @@ values; the codebooks of all depths), the parts are kept apart until they are ne
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+from ..models import RQTransformerModel, RQVAEModel
 
 Parts = tuple[torch.Tensor, ...]  # to be concatenated along the first dimension
 
@@ -54,37 +54,35 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
 
     Raises `ValueError` where names or shapes do not fit, and when the copies of a shared codebook differ.
     """
-    quantizer = model.quantizer
-    depths = range(quantizer.depth)
     duplicates = {}
-    for theirs in CODEBOOK_NAMES.values() if quantizer.shared_codebook else ():
-        names = [f"quantizer.codebooks.{d}.{theirs}" for d in depths]
-        duplicates.update((name, names[0]) for name in names[1:])
-    differing = [
-        name
-        for name, first in duplicates.items()
-        if name in original and first in original and not torch.equal(original[name], original[first])
-    ]
-    if differing:
-        raise ValueError(f"{differing[0]} differs from that of depth 0, although shared_codebook is true")
-
-    def original_names(name):
-        stack, _, rest = name.partition(".")
-        if stack == "quantizer":
-            codebooks = depths[:1] if quantizer.shared_codebook else depths
-            return [f"quantizer.codebooks.{d}.{CODEBOOK_NAMES[rest]}" for d in codebooks]
-        levels = len(model.config.block_out_channels)
-        name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
-        name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-        name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
-        return [rename(name, RQVAE_NAMES)]
+    if model.quantizer.shared_codebook:
+        for theirs in CODEBOOK_NAMES.values():
+            first = f"quantizer.codebooks.0.{theirs}"
+            copies = [f"quantizer.codebooks.{d}.{theirs}" for d in range(1, model.quantizer.depth)]
+            for copy in copies:
+                if first in original and copy in original and not torch.equal(original[first], original[copy]):
+                    raise ValueError(f"{copy} differs from {first}, although shared_codebook is true")
+            duplicates.update(dict.fromkeys(copies))
 
     def prepare(name, weight):
         if name == "quantizer.codebook":
             weight = weight[:-1]  # the last row is their padding
-        return weight[None] if name.startswith("quantizer.") else weight
+        return weight[None] if name.startswith("quantizer.") else weight  # (K, C) -> (1, K, C)
 
-    return take_weights(original, model, original_names, prepare, ignored=duplicates)
+    return take_weights(original, model, rqvae_names, prepare, ignored=duplicates)
+
+
+def rqvae_names(name: str, model: RQVAEModel) -> list[str]:
+    """The authors' names of what makes up our weight `name`."""
+    if name.startswith("quantizer."):
+        theirs = CODEBOOK_NAMES[name.removeprefix("quantizer.")]
+        num_codebooks = len(model.quantizer.codebook)
+        return [f"quantizer.codebooks.{m}.{theirs}" for m in range(num_codebooks)]
+    coarsest = len(model.config.block_out_channels) - 1
+    name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{coarsest - int(match[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    return [rename(name, RQVAE_NAMES)]
 
 
 def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransformerModel) -> dict[str, Parts]:
@@ -92,62 +90,65 @@ def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransforme
 
     Raises `ValueError` where names or shapes do not fit.
     """
-    config: RQTransformerConfig = model.config
-
-    def original_names(name):
-        if "qkv_proj" in name:
-            names = [name.replace("self_attn.qkv_proj", f"attn.{part}") for part in ("query", "key", "value")]
-        else:
-            names = [name]
-        return [rename(name, RQTRANSFORMER_NAMES) for name in names]
 
     def prepare(name, weight):
-        separate = name == "classifier.weight" and not config.shared_classifier
+        separate = name == "classifier.weight" and not model.config.shared_classifier
         return weight.transpose(1, 2) if separate else weight  # (D, E, K) -> (D, K, E)
 
     # With one code per position there is nothing to project, though their models have the layer.
-    ignored = ("head_mlp.weight", "head_mlp.bias") if config.code_shape[-1] == 1 else ()
-    return take_weights(original, model, original_names, prepare, ignored, exclude=("codebook",))
+    ignored = ("head_mlp.weight", "head_mlp.bias") if model.config.code_shape[-1] == 1 else ()
+    return take_weights(original, model, rqtransformer_names, prepare, ignored, excluded="codebook")
 
 
-def take_weights(original, model, original_names, prepare, ignored: Iterable[str] = (), exclude=()) -> dict[str, Parts]:
-    """All weights of `model` but the excluded ones, by name; every weight of `original` is either used or ignored."""
-    weights, missing, misshapen, used = {}, [], [], set(ignored)
-    for name, ours in model.state_dict().items():
-        if name in exclude:
-            continue
-        names = original_names(name)
-        used.update(names)
-        absent = [part for part in names if part not in original]
-        if absent:
-            missing += absent
-            continue
-        parts = tuple(prepare(name, original[part]) for part in names)
-        rows = sum(part.shape[0] for part in parts)
-        shape = (rows, *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
-        if squeezed(shape) != squeezed(ours.shape):
-            misshapen.append(f"{names[0]}: {tuple(shape)} instead of {tuple(ours.shape)}")
-            continue
-        if len(parts) == 1:
-            parts = (parts[0].reshape(ours.shape),)
-        weights[name] = parts
-
-    left_over = [name for name in original if name not in used]
-    complaints = {"missing": missing, "left over": left_over, "of another shape": misshapen}
-    if any(complaints.values()):
-        raise ValueError(
-            "the weights do not fit the config.yaml: "
-            + "; ".join(
-                f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                for kind, names in complaints.items()
-                if names
-            )
-        )
-    return weights
+def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
+    """The authors' names of what makes up our weight `name`."""
+    if "qkv_proj" in name:
+        names = [name.replace("self_attn.qkv_proj", f"attn.{part}") for part in ("query", "key", "value")]
+    else:
+        names = [name]
+    return [rename(name, RQTRANSFORMER_NAMES) for name in names]
 
 
 def rename(name: str, table: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, table)), lambda match: table[match[0]], name)
+
+
+def take_weights(
+    original: dict[str, torch.Tensor],
+    model: torch.nn.Module,
+    names_of: Callable[[str, torch.nn.Module], list[str]],
+    prepare: Callable[[str, torch.Tensor], torch.Tensor],
+    ignored: Iterable[str] = (),
+    excluded: str | None = None,
+) -> dict[str, Parts]:
+    """All weights of `model` but the excluded one; every weight of `original` is either used or ignored."""
+    weights, missing, misshapen, used = {}, [], [], set(ignored)
+    for name, ours in model.state_dict().items():
+        if name == excluded:
+            continue
+        names = names_of(name, model)
+        used.update(names)
+        absent = [theirs for theirs in names if theirs not in original]
+        missing += absent
+        if absent:
+            continue
+        parts = tuple(prepare(name, original[theirs]) for theirs in names)
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
+        if squeezed(shape) != squeezed(ours.shape):
+            misshapen.append(f"{names[0]}: {tuple(shape)} instead of {tuple(ours.shape)}")
+            continue
+        weights[name] = parts if len(parts) > 1 else (parts[0].reshape(ours.shape),)
+
+    left_over = [name for name in original if name not in used]
+    complaints = {"missing": missing, "left over": left_over, "of another shape": misshapen}
+    complaints = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in complaints.items()
+        if names
+    ]
+    if complaints:
+        raise ValueError(f"the weights do not fit the config.yaml: {'; '.join(complaints)}")
+    return weights
 
 
 def squeezed(shape) -> list[int]:
