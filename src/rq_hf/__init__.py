@@ -5,6 +5,7 @@ from pathlib import Path
 from ._registration import register
 from .convert import convert_original_checkpoint
 from .models import (
+    PRESETS,
     ResidualQuantizer,
     RQStackConfig,
     RQTransformerConfig,
@@ -20,6 +21,7 @@ EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
 
 __all__ = [
     "EMOJI_MODEL",
+    "PRESETS",
     "RQPipeline",
     "RQPipelineOutput",
     "RQStackConfig",

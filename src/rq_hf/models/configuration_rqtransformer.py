@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .presets import load_preset
+
 
 @strict
 class RQStackConfig(PreTrainedConfig):
@@ -106,3 +108,8 @@ class RQTransformerConfig(PreTrainedConfig):
             )
         if self.null_cond_id is not None and not 0 <= self.null_cond_id < self.cond_vocab_size:
             raise ValueError(f"null_cond_id must lie in [0, {self.cond_vocab_size}), got {self.null_cond_id}")
+
+    @classmethod
+    def from_preset(cls, name: str) -> "RQTransformerConfig":
+        """The configuration of a published model: a name of [`PRESETS`]. Raises `ValueError` for another name."""
+        return cls(**load_preset(name, "transformer"))

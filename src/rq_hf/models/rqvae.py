@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .presets import load_preset
 from .quantizer import ResidualQuantizer, check_codes
 
 
@@ -173,6 +174,14 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             if isinstance(module, ResnetBlock2D):
                 module.dropout.p = dropout
         self.use_slicing = False
+
+    @classmethod
+    def from_preset(cls, name: str) -> "RQVAEModel":
+        """A new model, with random weights, of the sizes of a published one: a name of [`PRESETS`].
+
+        Raises `ValueError` for another name.
+        """
+        return cls(**load_preset(name, "vae"))
 
     @property
     def pixels_per_code(self) -> tuple[int, int]:
