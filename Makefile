@@ -31,7 +31,7 @@ style: $(READY) ## repair style and formatting
 	$(PY) -m ruff format $(SOURCES)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rq_hf needs Python 3.11 or newer. Name one: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4) and "rq_hf needs Python 3.11.4 or newer. Name one: make PYTHON=python3.11 ...")'
 	@echo "Setting up .venv: once, a few minutes"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -c constraints.txt torch

@@ -61,7 +61,7 @@ def read_config(path: Path) -> Section:
 def stage_of(config: Section) -> str | None:
     """`"rq-vae"`, `"rq-transformer"`, or `None` for the configuration of something else."""
     arch = config.get("arch")
-    kind = arch.get("type") if isinstance(arch, Section) else None
+    kind = str(arch.get("type")).lower() if isinstance(arch, Section) else None
     return kind if kind in (RQVAE, RQTRANSFORMER) else None
 
 

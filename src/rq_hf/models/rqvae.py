@@ -183,6 +183,17 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         """
         return cls(**load_preset(name, "vae"))
 
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
+        """Loads the authors' `model.pt`, or its state dict, by `original_config="config.yaml"`.
+
+        Everything else is as in diffusers. Raises `ValueError` without a configuration, which cannot be guessed, and
+        where weights do not fit it.
+        """
+        if kwargs.get("original_config") is None and kwargs.get("config") is None:
+            raise ValueError("from_single_file needs original_config, the config.yaml of the checkpoint, or config")
+        return super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+
     @property
     def pixels_per_code(self) -> tuple[int, int]:
         """Rows and columns of pixels that one position of the code grid covers."""
