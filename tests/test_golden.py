@@ -17,6 +17,7 @@ from rq_hf.convert.tokenizer import convert_tokenizer
 from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
 from rq_hf.images import to_pixels
 from rq_hf.models.generation_rqtransformer import filter_logits
+from rq_hf.models.quantizer import codebook_health, count_codes
 
 CODEBOOK_STATE = {"weight": "codebook", "cluster_size_ema": "cluster_size", "embed_ema": "cluster_sum"}
 
@@ -325,7 +326,16 @@ def test_moving_average_of_an_rqtransformer(case):
     close(transformer(io["in/codes"], condition(io, transformer)).logits, io["out/state_dict_ema/logits"])
 
 
-# Sampling, tokenizer, transforms
+# Codebook statistics, sampling, tokenizer, transforms
+
+
+@golden.require("metrics")
+def test_codebook_statistics():
+    io = load_file(golden.FOLDER / "metrics" / "io.safetensors")
+    histogram, maps = io["out/codebook/usage_histogram"], (io["in/codebook/codes0"], io["in/codebook/codes1"])
+    counts = sum(count_codes(codes, histogram.shape[-1]) for codes in maps)
+    close(counts / maps[0][0, :, :, 0].numel(), histogram)
+    close(codebook_health(counts)["perplexity"], io["out/codebook/perplexity_exp_entropy"])
 
 
 @golden.require("sampling")
