@@ -156,4 +156,5 @@ def squeezed(shape) -> list[int]:
 
 
 def joined(parts: Parts) -> torch.Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    """The whole weight, in single precision."""
+    return (torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()).float()
