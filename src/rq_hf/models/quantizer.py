@@ -55,6 +55,8 @@ class ResidualQuantizer(nn.Module):
         codebook_update (`str`): `"ema"` or `"gradient"`.
         ema_decay (`float`, or one per codebook): decay of the running counts and sums, in [0, 1).
         restart_unused_codes (`bool`): whether dead codewords are restarted (`"ema"` only).
+        quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], whose sum ends at a random
+            depth, so that the first codes alone will do; codes, losses and codebook are those of all depths.
         epsilon (`float`): Laplace smoothing of the running counts.
     """
 
@@ -67,6 +69,7 @@ class ResidualQuantizer(nn.Module):
         codebook_update: str = "ema",
         ema_decay: float | Sequence[float] = 0.99,
         restart_unused_codes: bool = True,
+        quantizer_dropout: float = 0.0,
         epsilon: float = 1e-5,
     ):
         super().__init__()
@@ -83,6 +86,8 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
         if not all(0 <= decay < 1 for decay in decays):
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        if not 0 <= quantizer_dropout <= 1:
+            raise ValueError(f"quantizer_dropout must lie in [0, 1], got {quantizer_dropout}")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.depth = depth
@@ -90,6 +95,7 @@ class ResidualQuantizer(nn.Module):
         self.codebook_update = codebook_update
         self.ema_decay = ema_decay
         self.restart_unused_codes = restart_unused_codes
+        self.quantizer_dropout = quantizer_dropout
         self.epsilon = epsilon
 
         codebook = torch.randn(num_codebooks, codebook_size, codebook_dim)  # (M, K, C)
@@ -111,7 +117,8 @@ class ResidualQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
             residual = inputs.detach()
-            quantized = torch.zeros_like(residual)
+            partial_sum = quantized = torch.zeros_like(residual)
+            last_depth = self._draw_last_depths(z)  # (N, 1), or None where all depths are summed
             codes, commitment, codebook_loss = [], [], []
             for d in range(self.depth):
                 code = self._nearest(residual, d)  # (N,)
@@ -119,10 +126,11 @@ class ResidualQuantizer(nn.Module):
                 if self.training and self.codebook_update == "ema":
                     self._update_codebook(residual, code, d)
                 residual = residual - codeword.detach()
-                quantized = quantized + codeword
+                partial_sum = partial_sum + codeword
+                quantized = partial_sum if last_depth is None else torch.where(d > last_depth, quantized, partial_sum)
                 codes.append(code)
-                commitment.append(F.mse_loss(inputs, quantized.detach()))
-                codebook_loss.append(F.mse_loss(quantized, inputs.detach()))
+                commitment.append(F.mse_loss(inputs, partial_sum.detach()))
+                codebook_loss.append(F.mse_loss(partial_sum, inputs.detach()))
 
             straight_through = inputs + (quantized - inputs).detach()
         return QuantizerOutput(
@@ -197,6 +205,16 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(
                 f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
             )
+
+    def _draw_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
+        """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""
+        if not (self.training and self.quantizer_dropout):
+            return None
+        batch_size, device = len(z), z.device
+        last_depth = torch.randint(self.depth, (batch_size,), device=device)
+        kept_whole = torch.rand(batch_size, device=device) >= self.quantizer_dropout
+        last_depth = last_depth.masked_fill(kept_whole, self.depth - 1)
+        return last_depth.repeat_interleave(z.numel() // (batch_size * self.codebook_dim))[:, None]
 
     @torch.no_grad()
     def _nearest(self, residual: torch.Tensor, d: int) -> torch.Tensor:

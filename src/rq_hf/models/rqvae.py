@@ -92,6 +92,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         codebook_update (`str`): `"ema"` (moving average) or `"gradient"` (codebook loss), see [`ResidualQuantizer`].
         ema_decay (`float`, or one per codebook): decay of the moving average.
         restart_unused_codes (`bool`): restart dead codewords at features of the batch.
+        quantizer_dropout (`float`): share of training images that are decoded from their first codes only, of a
+            random number; one model then serves every depth.
         sample_size (`int`): height and width of the pictures the model was made for.
 
     Raises:
@@ -126,6 +128,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         codebook_update: str = "ema",
         ema_decay: float | tuple[float, ...] = 0.99,
         restart_unused_codes: bool = True,
+        quantizer_dropout: float = 0.0,
         sample_size: int = 256,
     ):
         super().__init__()
@@ -159,6 +162,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             codebook_update=codebook_update,
             ema_decay=ema_decay,
             restart_unused_codes=restart_unused_codes,
+            quantizer_dropout=quantizer_dropout,
         )
         self.post_quant_conv = nn.Conv2d(feature_channels, latent_channels, 1)
         self.decoder = Decoder(
