@@ -4,8 +4,8 @@ Does residual quantization hold what the paper promises? Its claim in small, on 
     python benchmarks/rate_distortion.py --data_files 'cifar10/train-*.parquet' --output_dir runs/rate-distortion
 
 One encoder and decoder, 32×32 pictures as 4×4 maps, equal epochs. K = 512 codewords at depth D = 1, 2, 4, 8; D = 1
-with ever more codewords; and D = 4 with quantizer dropout, of which the first codes alone are decoded, too. The last 10,000
-pictures are for validation. Every finished run leaves a folder with its results and is not repeated.
+with ever more codewords; and D = 4 with quantizer dropout, of which the first codes alone are decoded, too. The last
+10,000 pictures are for validation. Every finished run leaves a folder with its results and is not repeated.
 
 Distortion is PSNR, and the Fréchet distance between features of the pictures and of their reconstructions: the 128
 pooled features of a small convolutional network, trained here to tell the ten classes.
