@@ -22,7 +22,8 @@ from huggingface_hub import create_repo, upload_folder
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
-from .data import Collator, DataArguments, TrainingStream, next_readable
+from .adversarial import Adversary
+from .data import Collator, DataArguments, TrainingStream, count_images, next_readable
 from .images import image_grid
 
 logger = get_logger(__name__)
@@ -250,6 +251,8 @@ def train(
     compute_loss: Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     make_images: Callable[[], dict[str, torch.Tensor]],
     configuration: dict,
+    adversary: Adversary | None = None,
+    validate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """
     Trains `model` in place for `args.max_train_steps` optimizer steps; afterwards it has the averaged weights.
@@ -258,6 +261,10 @@ def train(
         compute_loss: (prepared model, batch) -> (loss, metrics to be averaged and logged).
         make_images: -> name: pictures `(B, 3, height, width)` in [0, 1]; called with the averaged weights.
         configuration: of the run, for the trackers.
+        adversary: learns after each of the model's steps, from what `compute_loss` showed it.
+        validate: -> metrics to be logged; called with the averaged weights, as often as `make_images`.
+
+    Raises `ValueError` when a loss is no longer a finite number, before anything is made of it.
     """
     unprepared = model
     optimizer = create_optimizer(model, args)
@@ -265,6 +272,8 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     average = WeightAverage(unprepared, args.ema_decay) if args.ema_decay else None
     accelerator.register_for_checkpointing(scheduler, *([average] if average else []))
+    if adversary is not None:
+        adversary.prepare(accelerator)
     step = resume(accelerator, args, stream)
     accelerator.init_trackers("logs", config=configuration)
 
@@ -278,13 +287,17 @@ def train(
         for _ in range(args.gradient_accumulation_steps):
             batch = next_readable(batches)
             batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model, *([adversary.prepared] if adversary else [])):
                 loss, metrics = compute_loss(model, batch)
+                check_finite(args, step + 1, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+                if adversary is not None:
+                    metrics |= adversary.update()
+                    check_finite(args, step + 1, **metrics)
             meter.add(batch, loss=loss, **metrics)
         scheduler.step()
         if average:
@@ -301,6 +314,8 @@ def train(
         if args.image_logging_steps and (step % args.image_logging_steps == 0 or step == args.max_train_steps):
             with averaged_weights(unprepared, average):
                 log_images(accelerator, args, make_images(), step)
+                if validate is not None:
+                    accelerator.log({f"validation/{name}": value for name, value in validate().items()}, step=step)
             meter.restart_clock()
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save_checkpoint(accelerator, args, stream, step)
@@ -309,6 +324,18 @@ def train(
     if average:
         unprepared.load_state_dict(average.average)
     unprepared.eval()
+
+
+def check_finite(args: OptimizationArguments, step: int, **losses: torch.Tensor) -> None:
+    """Raises `ValueError` for the first loss that is NaN or infinite, naming the step and the last checkpoint."""
+    for name, loss in losses.items():
+        if not loss.isfinite().all():
+            checkpoints = list_checkpoints(Path(args.output_dir))
+            last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+            raise ValueError(
+                f"{name} is {loss.tolist()} at step {step}; {last}. A lower --learning_rate, a lower --max_grad_norm "
+                "or --mixed_precision bf16 instead of fp16 may help"
+            )
 
 
 @contextmanager
@@ -352,7 +379,7 @@ class Meter:
         for name, value in values.items():
             self.values[name].append(torch.as_tensor(value).detach())
         self.counts += torch.tensor([batch.get(name, 0) for name in self.counters])
-        self.images += len(batch["pixels"])
+        self.images += count_images(batch)
         self.seconds += time.perf_counter() - self.started
         self.started = time.perf_counter()
 

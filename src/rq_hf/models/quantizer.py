@@ -200,6 +200,30 @@ class ResidualQuantizer(nn.Module):
         """Codewords of `codes` `(..., d)` with d ≤ D, not summed: `(..., d, C)`."""
         return embed_codes(codes, self.codebook)
 
+    @torch.no_grad()
+    def initialize(self, vectors: torch.Tensor, iterations: int = 10) -> None:
+        """
+        Sets the codebook by k-means on vectors `(..., C)`: depth after depth on the residuals that the codebooks
+        before leave; one codebook for all depths, on the residuals of all depths that k-means on the vectors leaves.
+
+        Raises `ValueError` for fewer vectors than codewords.
+        """
+        self._check_vectors(vectors)
+        vectors = vectors.float().reshape(-1, self.codebook_dim)
+        residual = vectors
+        for m in range(len(self.codebook)):
+            self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
+            residual = residual - F.embedding(self._nearest(residual, m), self.codebook_at(m))
+        if self.shared_codebook and self.depth > 1:
+            residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
+            self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
+
+    def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
+        self.codebook[m] = codewords
+        if self.codebook_update == "ema":
+            self.cluster_size[m] = counts
+            self.cluster_sum[m] = codewords * counts[:, None]
+
     def _check_vectors(self, z: torch.Tensor) -> None:
         if z.shape[-1] != self.codebook_dim:
             raise ValueError(
@@ -218,10 +242,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def _nearest(self, residual: torch.Tensor, d: int) -> torch.Tensor:
-        """argmin over k of ‖r − e(k)‖². (N, C) -> (N,)"""
-        codebook = self.codebook_at(d)
-        chunks = residual.split(max(1, MAX_PAIRS // self.codebook_size))
-        return torch.cat([squared_distances(chunk, codebook).argmin(dim=-1) for chunk in chunks])
+        return nearest(residual, self.codebook_at(d))
 
     def _draw(self, residual: torch.Tensor, d: int, temperature: float, generator) -> torch.Tensor:
         codebook = self.codebook_at(d)
@@ -270,6 +291,34 @@ class ResidualQuantizer(nn.Module):
             f"codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}, depth={self.depth}, "
             f"shared_codebook={self.shared_codebook}, codebook_update={self.codebook_update!r}"
         )
+
+
+def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """argmin over k of ‖v − e(k)‖². (N, C), (K, C) -> (N,)"""
+    chunks = vectors.split(max(1, MAX_PAIRS // len(codebook)))
+    return torch.cat([squared_distances(chunk, codebook).argmin(dim=-1) for chunk in chunks])
+
+
+def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Lloyd's algorithm from random vectors on; a cluster that loses all of its vectors starts again at a random one.
+
+    Returns the centres `(K, C)` of vectors `(N, C)`, and how many are nearest to each, `(K,)`. Raises `ValueError`
+    where N < K.
+    """
+    if len(vectors) < num_clusters:
+        raise ValueError(f"k-means needs at least as many vectors as clusters ({num_clusters}), got {len(vectors)}")
+
+    def random_vectors(count):
+        return vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
+
+    centres = random_vectors(num_clusters)
+    for _ in range(iterations):
+        cluster = nearest(vectors, centres)
+        counts = torch.bincount(cluster, minlength=num_clusters).to(vectors.dtype)
+        sums = torch.zeros_like(centres).index_add_(0, cluster, vectors)
+        centres = torch.where(counts[:, None] > 0, sums / counts[:, None], random_vectors(num_clusters))
+    return centres, torch.bincount(nearest(vectors, centres), minlength=num_clusters).to(vectors.dtype)
 
 
 def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

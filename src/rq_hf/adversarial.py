@@ -1,0 +1,179 @@
+"""The adversarial loss of stage 1: PatchGAN with the adaptive weight of VQ-GAN (Esser et al. 2021, section 3.1).
+
+Pixels are `(B, 3, height, width)` in [-1, 1]; the discriminator's logits `(B, 1, h, w)`, positive for "real".
+"""
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+
+class ActNorm(nn.Module):
+    """Affine per channel (Kingma & Dhariwal 2018); the first training batch sets it to mean 0, deviation 1."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training and not self.initialized:
+            with torch.no_grad():
+                self.loc.copy_(-features.mean(dim=(0, 2, 3), keepdim=True))
+                self.scale.copy_(1 / (features.std(dim=(0, 2, 3), keepdim=True) + 1e-6))
+                self.initialized.fill_(1)
+        return self.scale * (features + self.loc)
+
+
+class PatchDiscriminator(nn.Module):
+    """
+    PatchGAN (Isola et al. 2017): tells real from reconstructed, patch by patch. Pixels -> logits `(B, 1, h, w)`.
+
+    Args:
+        in_channels (`int`): channels of the pictures.
+        width (`int`): channels of the first layer; they double with every layer, up to eight times as many.
+        num_layers (`int`): layers that halve the picture.
+        norm (`str`): `"batch"` or `"act"`, [`ActNorm`].
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 2, norm: str = "batch"):
+        super().__init__()
+        if norm not in ("batch", "act"):
+            raise ValueError(f"norm must be 'batch' or 'act', got {norm!r}")
+        if min(in_channels, width, num_layers) < 1:
+            raise ValueError(
+                f"in_channels, width and num_layers must be at least 1, got {in_channels}, {width} and {num_layers}"
+            )
+        widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
+        layers = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i in range(1, num_layers + 1):
+            stride = 2 if i < num_layers else 1
+            layers += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride=stride, padding=1, bias=norm == "act"),
+                nn.BatchNorm2d(widths[i]) if norm == "batch" else ActNorm(widths[i]),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.main(pixels)
+
+
+def hinge_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """Discriminator loss ½·(E[max(0, 1 − real)] + E[max(0, 1 + fake)])."""
+    return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
+
+
+def vanilla_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+    """Discriminator loss ½·(E[softplus(−real)] + E[softplus(fake)]), the binary cross-entropy."""
+    return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
+
+
+def adaptive_weight(
+    reconstruction_loss: torch.Tensor, generator_loss: torch.Tensor, last_layer: torch.Tensor, maximum: float = 1e4
+) -> torch.Tensor:
+    """
+    λ = ‖∇ reconstruction‖ / (‖∇ generator‖ + 10⁻⁴) with respect to the decoder's last layer, in [0, maximum], detached
+    (Esser et al. 2021, eq. 7): both losses then pull equally hard.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction_loss, generator_loss)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach()
+
+
+class Adversary:
+    """
+    The discriminator at work: a loss for the RQ-VAE, and after each of the RQ-VAE's steps one of its own.
+
+    Args:
+        discriminator: it learns from step `start` on, and reaches the RQ-VAE `warmup_steps` later, when it has
+            something to say.
+        loss (`str`): `"hinge"` or `"vanilla"`, of the discriminator; that of the RQ-VAE is −E[logits of fakes].
+        weight (`float`): of both losses, besides the adaptive weight of the RQ-VAE's.
+        max_adaptive_weight (`float`): bound of the adaptive weight, which grows without limit where the
+            discriminator has nothing to say.
+        optimizer_kwargs (`dict`): of Adam.
+        lr_warmup_steps, max_train_steps (`int`): of its learning rate, as of the RQ-VAE's.
+    """
+
+    def __init__(
+        self,
+        discriminator: PatchDiscriminator,
+        loss: str = "hinge",
+        weight: float = 0.75,
+        start: int = 0,
+        warmup_steps: int = 0,
+        max_adaptive_weight: float = 1e4,
+        optimizer_kwargs: dict | None = None,
+        lr_warmup_steps: int = 0,
+        max_train_steps: int = 1,
+    ):
+        if loss not in ("hinge", "vanilla"):
+            raise ValueError(f"loss must be 'hinge' or 'vanilla', got {loss!r}")
+        self.discriminator = discriminator
+        self.loss = hinge_loss if loss == "hinge" else vanilla_loss
+        self.weight = weight
+        self.start = start
+        self.warmup_steps = warmup_steps
+        self.max_adaptive_weight = max_adaptive_weight
+        self.optimizer = torch.optim.Adam(discriminator.parameters(), **optimizer_kwargs or {})
+        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, lr_warmup_steps, max_train_steps)
+        self.step = 0
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.prepared, self.optimizer = accelerator.prepare(self.discriminator, self.optimizer)
+        accelerator.register_for_checkpointing(self)
+
+    def generator_loss(
+        self, pixels: torch.Tensor, sample: torch.Tensor, reconstruction_loss: torch.Tensor, last_layer: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What the RQ-VAE has to add to its loss for the reconstructions `sample`, and metrics."""
+        self.batch = pixels, sample.detach()
+        if self.step < self.start + self.warmup_steps:
+            return sample.new_zeros(()), {}
+        # Not through what `prepare` returned: the discriminator has no use for these gradients.
+        self.discriminator.requires_grad_(False)
+        with self.accelerator.autocast():
+            loss = -self.discriminator(sample).float().mean()
+        self.discriminator.requires_grad_(True)
+        adaptive = adaptive_weight(reconstruction_loss, loss, last_layer, self.max_adaptive_weight)
+        return self.weight * adaptive * loss, {"loss_generator": loss, "adaptive_weight": adaptive}
+
+    def update(self) -> dict[str, torch.Tensor]:
+        """A step of the discriminator on the batch of the last [`generator_loss`]; its metrics."""
+        metrics = {}
+        if self.step >= self.start:
+            pixels, sample = self.batch
+            with self.accelerator.autocast():
+                logits_fake, logits_real = self.prepared(sample).float(), self.prepared(pixels).float()
+            loss = self.loss(logits_real, logits_fake)
+            self.accelerator.backward(self.weight * loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            metrics = {
+                "loss_discriminator": loss,
+                "logits_real": logits_real.mean(),
+                "logits_fake": logits_fake.mean(),
+            }
+            if self.accelerator.sync_gradients:
+                self.scheduler.step()
+        self.step += self.accelerator.sync_gradients
+        return metrics
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,94 @@
+"""LPIPS, the learned perceptual distance (Zhang et al., CVPR 2018), on VGG16 features."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+
+VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
+TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling, and the last of all
+WIDTHS = (64, 128, 256, 512, 512)
+
+
+class LPIPS(nn.Module):
+    """
+    Distance of two pictures in the eyes of VGG16: squared differences of its normalized features at five depths,
+    weighted per channel, averaged over the positions and summed over the depths (eq. 1).
+
+    All arithmetic is float32, also under autocast. The weights do not learn.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+        layers, channels = [], 3
+        for width in VGG16:
+            if width == "pool":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ModuleList([nn.Conv2d(width, 1, 1, bias=False) for width in WIDTHS])
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, vgg: str, heads: str) -> "LPIPS":
+        """
+        Args:
+            vgg: weights of VGG16 with the usual names, `features.0.weight` and so on.
+            heads: the weights per channel, `lin0.model.1.weight` to `lin4.model.1.weight`, as released with LPIPS.
+
+        Both are local files, or `user/repository/file` on the Hub; `.safetensors` or what `torch.save` writes.
+        Raises `ValueError` where such weights are missing.
+        """
+        model = cls()
+        state_dict = model.state_dict()
+        for source, names in (
+            (vgg, {name: name for name in state_dict if name.startswith("features.")}),
+            (heads, {f"heads.{i}.weight": f"lin{i}.model.1.weight" for i in range(len(WIDTHS))}),
+        ):
+            weights = load_weights(source)
+            missing = [theirs for theirs in names.values() if theirs not in weights]
+            if missing:
+                raise ValueError(f"{source} lacks {missing[0]} and {len(missing) - 1} more of {len(names)} weights")
+            state_dict.update({ours: weights[theirs] for ours, theirs in names.items()})
+        model.load_state_dict(state_dict)
+        return model
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+    def forward(self, pixels: torch.Tensor, other_pixels: torch.Tensor) -> torch.Tensor:
+        """Distances `(B,)` of pictures `(B, 3, height, width)` in [-1, 1]."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            pairs = zip(self.extract(pixels), self.extract(other_pixels), strict=True)
+            return sum(
+                head((a - b).square()).mean(dim=(1, 2, 3)) for head, (a, b) in zip(self.heads, pairs, strict=True)
+            )
+
+    def extract(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """The features at the five depths, of unit length over the channels at every position."""
+        features, tapped = (pixels.float() - self.shift) / self.scale, []
+        for i, layer in enumerate(self.features):
+            features = layer(features)
+            if i in TAPS:
+                tapped.append(F.normalize(features, dim=1, eps=1e-10))
+        return tapped
+
+
+def load_weights(source: str) -> dict[str, torch.Tensor]:
+    """A state dict from a local file, or from `user/repository/file` on the Hub."""
+    path = Path(source)
+    if not path.is_file():
+        parts = source.split("/", 2)
+        if len(parts) < 3 or path.is_absolute():
+            raise ValueError(f"{source} is neither a file nor user/repository/file on the Hub")
+        path = Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
