@@ -51,11 +51,9 @@ def read_config(path: Path) -> Section:
     """Raises `ValueError` for a file that is not YAML, or whose outermost level has no names."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold named options, got {type(config).__name__}")
-    return Section(config)
+        return Section(config)
+    except Exception as error:  # YAML can also be endless, or have no names
+        raise ValueError(f"{path} is not YAML with named options: {str(error).splitlines()[0]}") from error
 
 
 def stage_of(config: Section) -> str | None:
@@ -172,13 +170,17 @@ def stack_config(arch: Section, name: str) -> dict:
 
 
 def generation_config(config: Section) -> GenerationConfig:
-    """The sampling settings of `sampling`, or else of `experiment.sample`."""
+    """The sampling settings of `sampling`, or else of `experiment.sample`: numbers, or one per depth."""
     sampling = config.section("sampling") or config.section("experiment").section("sample")
-    settings = {name: sampling.get(option) for option, name in SAMPLING_OPTIONS.items()}
-    settings = {
-        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in settings.items()
-    }
-    return GenerationConfig(do_sample=True, **{name: value for name, value in settings.items() if value is not None})
+    settings = {}
+    for option, name in SAMPLING_OPTIONS.items():
+        value = sampling.get(option)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int | float) for number in values):
+            refuse(sampling, option, value, "it must be a number, or one per depth")
+        if values:
+            settings[name] = values[0] if len(values) == 1 else values
+    return GenerationConfig(do_sample=True, **settings)
 
 
 def equal_sizes(section: Section, option: str) -> int:

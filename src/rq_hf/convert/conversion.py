@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
 from .card import model_card, summary
 from .configs import RQTRANSFORMER, RQVAE, Section, generation_config, rqtransformer_config, rqvae_config
-from .files import Checkpoint, extract_archive, find_checkpoints, single_checkpoint
+from .files import Checkpoint, extract_archive, find_checkpoints, one_line, single_checkpoint
 from .tokenizer import convert_tokenizer
 from .weights import Parts, joined, rqtransformer_weights, rqvae_weights
 
@@ -57,7 +56,7 @@ def convert_original_checkpoint(
         `ValueError` for everything that is broken, does not fit together, or has no equal here: learned token
         embeddings, codebooks of unequal size, a `ch_mult` that does not start with 1.
     """
-    destination = None if destination is None else Path(destination).absolute()
+    destination = None if destination is None else Path(destination).resolve()
     if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} is not empty; name a new folder")
     # Beside the destination, which the finished folder is renamed to. Weights of an archive are mapped from here.
@@ -68,7 +67,8 @@ def convert_original_checkpoint(
         vae = convert_rqvae(stage1, ema=ema and stage2 is None)
         if stage2 is not None:
             transformer, weights = convert_rqtransformer(stage2, vae, ema)
-            text_tokenizer = text_model_tokenizer(tokenizer, transformer, stage2)
+            with blamed(stage2.label):
+                text_tokenizer = text_model_tokenizer(tokenizer, transformer, stage2)
             with blamed(f"{stage1.label} and {stage2.label}"):
                 model = RQPipeline(vae, transformer, text_tokenizer)
         elif tokenizer is not None:
@@ -139,7 +139,7 @@ def convert_rqtransformer(
             transformer = RQTransformerModel(config)
         weights = rqtransformer_weights(state_dict, transformer)
         transformer.generation_config = generation_config(checkpoint.config)
-    weights["codebook"] = (vae.quantizer.codebook.detach(),)
+    weights["codebook"] = (vae.quantizer.codebook.detach().clone(),)
     if config.code_shape[-1] == 1:
         checkpoint.unused.append("head_mlp, which has nothing to project at depth 1")
     return transformer.eval(), weights
@@ -151,7 +151,7 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
         return None
     length = transformer.config.cond_length
     if length == 1:
-        raise ValueError(f"{checkpoint.label} is no text model and takes no tokenizer, got {folder}")
+        raise ValueError(f"it is no text model and takes no tokenizer, got {folder}")
     return convert_tokenizer(folder, length, name=checkpoint.config.section("dataset").get("txt_tok_name"))
 
 
@@ -196,11 +196,10 @@ def single_file_weights(checkpoint: dict[str, torch.Tensor], config: dict) -> di
 
 @contextmanager
 def blamed(label: str) -> Iterator[None]:
-    """Puts the name of the checkpoint in front of what is wrong with it."""
+    """Says in one line what is wrong with a checkpoint, and with which."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error
-    except (TypeError, AttributeError, StrictDataclassError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"{label}: an option of its config.yaml is of the wrong kind: {message}") from error
+        raise ValueError(f"{label}: {one_line(error)}") from error
+    except Exception as error:  # whatever an option of the wrong kind leads to
+        raise ValueError(f"{label}: no model comes of its config.yaml: {one_line(error)}") from error

@@ -31,20 +31,19 @@ class Checkpoint:
         """
         try:
             contents = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"Python objects ({name[1]})" if name else "something that is not a PyTorch checkpoint"
-            raise ValueError(f"{self.label} holds {what}; only tensors are read") from error
-        except (RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # a broken pickle can raise anything
+            name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if name:
+                raise ValueError(f"{self.label} holds Python objects ({name[1]}); only tensors are read") from error
             raise ValueError(
-                f"{self.label} is no whole PyTorch checkpoint (torch.save since 1.6): {first_line(error)}"
+                f"{self.label} is no whole PyTorch checkpoint (torch.save since 1.6): {one_line(error)}"
             ) from error
         key = "state_dict_ema" if ema else "state_dict"
         state_dict = contents.get(key) if isinstance(contents, dict) else None
         if not isinstance(state_dict, dict) or not all(isinstance(w, torch.Tensor) for w in state_dict.values()):
             found = ", ".join(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
             raise ValueError(f"{self.label} has no {key}; it has {found}")
-        self.unused += [name for name in contents if name != key]
+        self.unused += [str(name) for name in contents if name != key]
         return state_dict
 
 
@@ -94,7 +93,8 @@ def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
 def extract_archive(archive: Path, folder: Path) -> None:
     """Extracts the `.pt` files and `config.yaml`s of a tar archive.
 
-    Raises `ValueError` for a broken archive, and for one with any member outside of itself.
+    Raises `ValueError` for a broken archive, also where it ends between two members, and for one with any member
+    outside of itself.
     """
     try:
         with tarfile.open(archive, "r|*") as tar:
@@ -102,11 +102,13 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 tarfile.data_filter(member, str(folder))
                 if member.isfile() and (member.name.endswith(".pt") or Path(member.name).name == "config.yaml"):
                     tar.extract(member, folder, filter="data")
+            if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("the end of the archive is missing")
     except tarfile.FilterError as error:
-        raise ValueError(f"{archive} is refused: {first_line(error)}") from error
+        raise ValueError(f"{archive} is refused: {one_line(error)}") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive} is no whole tar archive: {first_line(error)}") from error
+        raise ValueError(f"{archive} is no whole tar archive: {one_line(error)}") from error
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

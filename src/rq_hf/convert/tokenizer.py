@@ -32,11 +32,12 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
             f"{folder} must hold one vocab.json and one merges.txt{f' named {prefix}…' if prefix else ''}, "
             f"got {sorted(file.name for file in folder.glob('*'))}"
         )
-    backend = CharBPETokenizer.from_file(
-        str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True
-    )._tokenizer
+    try:
+        tokenizer = CharBPETokenizer.from_file(str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{vocabularies[0]} and {merges[0]} make no tokenizer: {error}") from error
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=tokenizer._tokenizer,
         unk_token="[UNK]",
         pad_token="[PAD]",
         model_max_length=length,

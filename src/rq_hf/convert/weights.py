@@ -54,35 +54,40 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
 
     Raises `ValueError` where names or shapes do not fit, and when the copies of a shared codebook differ.
     """
+
+    def to_ours(name, weight, shape):
+        return weight[: shape[-2]] if name == "quantizer.codebook" else weight  # their last row is padding
+
     duplicates = {}
-    if model.quantizer.shared_codebook:
-        for theirs in CODEBOOK_NAMES.values():
-            first = f"quantizer.codebooks.0.{theirs}"
-            copies = [f"quantizer.codebooks.{d}.{theirs}" for d in range(1, model.quantizer.depth)]
-            for copy in copies:
-                if first in original and copy in original and not torch.equal(original[first], original[copy]):
-                    raise ValueError(f"{copy} differs from {first}, although shared_codebook is true")
-            duplicates.update(dict.fromkeys(copies))
-
-    def prepare(name, weight):
-        if name == "quantizer.codebook":
-            weight = weight[:-1]  # the last row is their padding
-        return weight[None] if name.startswith("quantizer.") else weight  # (K, C) -> (1, K, C)
-
-    return take_weights(original, model, rqvae_names, prepare, ignored=duplicates)
+    for theirs in CODEBOOK_NAMES.values() if model.quantizer.shared_codebook else ():
+        for d in range(1, model.quantizer.depth):
+            duplicates[f"quantizer.codebooks.{d}.{theirs}"] = f"quantizer.codebooks.0.{theirs}"
+    weights = take_weights(original, model, rqvae_names, rqvae_shape, to_ours, ignored=duplicates)
+    for copy, first in duplicates.items():
+        if copy in original and not torch.equal(original[copy], original[first]):
+            raise ValueError(f"{copy} differs from {first}, although shared_codebook is true")
+    return weights
 
 
 def rqvae_names(name: str, model: RQVAEModel) -> list[str]:
     """The authors' names of what makes up our weight `name`."""
     if name.startswith("quantizer."):
         theirs = CODEBOOK_NAMES[name.removeprefix("quantizer.")]
-        num_codebooks = len(model.quantizer.codebook)
-        return [f"quantizer.codebooks.{m}.{theirs}" for m in range(num_codebooks)]
+        return [f"quantizer.codebooks.{m}.{theirs}" for m in range(len(model.quantizer.codebook))]
     coarsest = len(model.config.block_out_channels) - 1
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{coarsest - int(match[1])}", name)
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
     return [rename(name, RQVAE_NAMES)]
+
+
+def rqvae_shape(name: str, shape: torch.Size, model: RQVAEModel) -> tuple[int, ...]:
+    """The authors' shape of a part of our weight `name` of this `shape`."""
+    if name == "quantizer.codebook":
+        return (shape[1] + 1, shape[2])
+    if name.startswith("quantizer."):
+        return shape[1:]
+    return (*shape, 1, 1) if ".attentions." in name and len(shape) == 2 else shape
 
 
 def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransformerModel) -> dict[str, Parts]:
@@ -91,13 +96,15 @@ def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransforme
     Raises `ValueError` where names or shapes do not fit.
     """
 
-    def prepare(name, weight):
+    def to_ours(name, weight, shape):
         separate = name == "classifier.weight" and not model.config.shared_classifier
         return weight.transpose(1, 2) if separate else weight  # (D, E, K) -> (D, K, E)
 
     # With one code per position there is nothing to project, though their models have the layer.
     ignored = ("head_mlp.weight", "head_mlp.bias") if model.config.code_shape[-1] == 1 else ()
-    return take_weights(original, model, rqtransformer_names, prepare, ignored, excluded="codebook")
+    return take_weights(
+        original, model, rqtransformer_names, rqtransformer_shape, to_ours, ignored, excluded="codebook"
+    )
 
 
 def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
@@ -109,6 +116,17 @@ def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
     return [rename(name, RQTRANSFORMER_NAMES) for name in names]
 
 
+def rqtransformer_shape(name: str, shape: torch.Size, model: RQTransformerModel) -> tuple[int, ...]:
+    """The authors' shape of a part of our weight `name` of this `shape`."""
+    if "qkv_proj" in name:
+        return (shape[0] // 3, *shape[1:])
+    if name.endswith("position_embedding"):
+        return (1, *shape)
+    if name in ("classifier.weight", "classifier.bias") and model.config.shared_classifier:
+        return shape[1:]
+    return (shape[0], shape[2], shape[1]) if name == "classifier.weight" else shape
+
+
 def rename(name: str, table: dict[str, str]) -> str:
     return re.sub("|".join(map(re.escape, table)), lambda match: table[match[0]], name)
 
@@ -117,7 +135,8 @@ def take_weights(
     original: dict[str, torch.Tensor],
     model: torch.nn.Module,
     names_of: Callable[[str, torch.nn.Module], list[str]],
-    prepare: Callable[[str, torch.Tensor], torch.Tensor],
+    shape_of: Callable[[str, torch.Size, torch.nn.Module], tuple[int, ...]],
+    to_ours: Callable[[str, torch.Tensor, torch.Size], torch.Tensor],
     ignored: Iterable[str] = (),
     excluded: str | None = None,
 ) -> dict[str, Parts]:
@@ -126,33 +145,29 @@ def take_weights(
     for name, ours in model.state_dict().items():
         if name == excluded:
             continue
-        names = names_of(name, model)
+        names, expected = names_of(name, model), tuple(shape_of(name, ours.shape, model))
         used.update(names)
         absent = [theirs for theirs in names if theirs not in original]
+        wrong = [theirs for theirs in names if theirs not in absent and original[theirs].shape != expected]
         missing += absent
-        if absent:
-            continue
-        parts = tuple(prepare(name, original[theirs]) for theirs in names)
-        shape = (sum(len(part) for part in parts), *parts[0].shape[1:]) if len(parts) > 1 else parts[0].shape
-        if squeezed(shape) != squeezed(ours.shape):
-            misshapen.append(f"{names[0]}: {tuple(shape)} instead of {tuple(ours.shape)}")
-            continue
-        weights[name] = parts if len(parts) > 1 else (parts[0].reshape(ours.shape),)
+        misshapen += [f"{theirs}: {tuple(original[theirs].shape)} instead of {expected}" for theirs in wrong]
+        if not absent and not wrong:
+            part_shape = (ours.shape[0] // len(names), *ours.shape[1:])
+            weights[name] = tuple(to_ours(name, original[theirs], ours.shape).reshape(part_shape) for theirs in names)
 
-    left_over = [name for name in original if name not in used]
-    complaints = {"missing": missing, "left over": left_over, "of another shape": misshapen}
+    complaints = {
+        "missing": missing,
+        "left over": [name for name in original if name not in used],
+        "of another shape": misshapen,
+    }
     complaints = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', …' if len(names) > 3 else ''})"
         for kind, names in complaints.items()
         if names
     ]
     if complaints:
         raise ValueError(f"the weights do not fit the config.yaml: {'; '.join(complaints)}")
     return weights
-
-
-def squeezed(shape) -> list[int]:
-    return [size for size in shape if size != 1]
 
 
 def joined(parts: Parts) -> torch.Tensor:
