@@ -51,9 +51,11 @@ def read_config(path: Path) -> Section:
     """Raises `ValueError` for a file that is not YAML, or whose outermost level has no names."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must hold named options, got {type(config).__name__}")
         return Section(config)
-    except Exception as error:  # YAML can also be endless, or have no names
-        raise ValueError(f"{path} is not YAML with named options: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
 
 
 def stage_of(config: Section) -> str | None:

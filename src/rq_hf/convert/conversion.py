@@ -67,8 +67,7 @@ def convert_original_checkpoint(
         vae = convert_rqvae(stage1, ema=ema and stage2 is None)
         if stage2 is not None:
             transformer, weights = convert_rqtransformer(stage2, vae, ema)
-            with blamed(stage2.label):
-                text_tokenizer = text_model_tokenizer(tokenizer, transformer, stage2)
+            text_tokenizer = text_model_tokenizer(tokenizer, transformer, stage2)
             with blamed(f"{stage1.label} and {stage2.label}"):
                 model = RQPipeline(vae, transformer, text_tokenizer)
         elif tokenizer is not None:
@@ -151,8 +150,9 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
         return None
     length = transformer.config.cond_length
     if length == 1:
-        raise ValueError(f"it is no text model and takes no tokenizer, got {folder}")
-    return convert_tokenizer(folder, length, name=checkpoint.config.section("dataset").get("txt_tok_name"))
+        raise ValueError(f"{checkpoint.label} is no text model and takes no tokenizer, got {folder}")
+    with blamed(checkpoint.label):
+        return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name"))
 
 
 def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:

@@ -31,10 +31,11 @@ class Checkpoint:
         """
         try:
             contents = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"Python objects ({name[1]})" if name else "something that is not a PyTorch checkpoint"
+            raise ValueError(f"{self.label} holds {what}; only tensors are read") from error
         except Exception as error:  # a broken pickle can raise anything
-            name = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            if name:
-                raise ValueError(f"{self.label} holds Python objects ({name[1]}); only tensors are read") from error
             raise ValueError(
                 f"{self.label} is no whole PyTorch checkpoint (torch.save since 1.6): {one_line(error)}"
             ) from error
