@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_files", required=True, help="parquet files with the columns img and label")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"of {list(RUNS)}")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -181,7 +182,8 @@ def main() -> None:
     pictures, labels = load_pixels(args.data_files)
     train, validation = (pictures[:-VALIDATION], labels[:-VALIDATION]), (pictures[-VALIDATION:], labels[-VALIDATION:])
     network = feature_network(args.output_dir / "features.pt", train, validation)
-    for name, overrides in RUNS.items():
+    for name in args.runs:
+        overrides = RUNS[name]
         folder = args.output_dir / name.replace(" ", "-")
         if not (folder / "results.json").exists():
             print(name, flush=True)
