@@ -404,3 +404,47 @@ def test_two_processes_keep_one_codebook(tmp_path):
         alone(torch.cat([two_process_quantizer.vectors(rank, step) for rank in (0, 1)]))
     for name, tensor in alone.state_dict().items():
         torch.testing.assert_close(states["False-0"][name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_quantizer_dropout_ends_the_sum_of_some_images_early():
+    quantizer, z = make_quantizer(quantizer_dropout=1.0, restart_unused_codes=False), torch.randn(400, 3, C)
+    whole = make_quantizer(restart_unused_codes=False).train()
+    whole.load_state_dict(quantizer.state_dict())
+    out, expected = quantizer.train()(z), whole(z)
+    assert torch.equal(out.codes, expected.codes)
+    assert torch.equal(out.commitment_loss, expected.commitment_loss)
+    assert torch.equal(quantizer.codebook, whole.codebook)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_quantizer_dropout_draws_one_depth_per_image(share):
+    quantizer, z = make_quantizer(codebook_update="gradient", quantizer_dropout=share).train(), torch.randn(2000, 3, C)
+    out = quantizer(z)
+    sums = partial_sums(quantizer, out.codes)  # (B, 3, D, C)
+    ends_at = (out.quantized[:, :, None] - sums).abs().amax(dim=-1) < 1e-5  # (B, 3, D)
+    depth = ends_at.float().argmax(dim=-1)
+    assert ends_at.any(dim=-1).all()
+    assert (depth == depth[:, :1]).all()
+    shares = torch.bincount(depth[:, 0], minlength=D) / len(z)
+    expected = torch.full((D,), share / D)
+    expected[-1] += 1 - share
+    torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
+    torch.testing.assert_close(quantizer.eval()(z).quantized, sums[:, :, -1])
+
+
+@both_sharings
+def test_k_means_starts_near_the_data(shared):
+    centres = torch.randn(K, C) * 10
+    z = (centres[:, None] + 0.01 * torch.randn(K, 40, C)).flatten(0, 1)
+    options = {"shared_codebook": shared, "codebook_size": 4 * K}
+    random, fitted = make_quantizer(**options).eval(), make_quantizer(**options).eval()
+    fitted.initialize(z)
+    errors = [(q(z).quantized - z).square().mean().item() for q in (random, fitted)]
+    assert errors[1] < errors[0] / 10
+    assert fitted.cluster_size.sum() == len(fitted.codebook) * len(z) * (D if shared else 1)
+    torch.testing.assert_close(fitted.cluster_sum, fitted.codebook * fitted.cluster_size[..., None])
+
+
+def test_k_means_needs_enough_vectors():
+    with pytest.raises(ValueError, match=f"at least as many vectors as clusters \\({K}\\), got {K - 1}"):
+        make_quantizer().initialize(torch.randn(K - 1, C))
