@@ -51,11 +51,12 @@ def read_config(path: Path) -> Section:
     """Raises `ValueError` for a file that is not YAML, or whose outermost level has no names."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} must hold named options, got {type(config).__name__}")
-        return Section(config)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        section = Section(config) if isinstance(config, dict) else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if section is None:
+        raise ValueError(f"{path} must hold named options, got {type(config).__name__}")
+    return section
 
 
 def stage_of(config: Section) -> str | None:
