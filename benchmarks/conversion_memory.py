@@ -17,7 +17,7 @@ import yaml
 
 from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config, rqvae_config
-from rq_hf.convert.weights import rqtransformer_names, rqvae_names
+from rq_hf.convert.weights import rqtransformer_names, rqtransformer_shape, rqvae_names, rqvae_shape
 
 RQVAE = """
 arch:
@@ -57,18 +57,13 @@ print(f"{time.perf_counter() - start:.0f} s, peak {memory('VmHWM'):.2f} GB")
 """
 
 
-def make_up(model: torch.nn.Module, names_of) -> dict[str, torch.Tensor]:
-    """Random weights for a model on the meta device, with the authors' names."""
+def make_up(model: torch.nn.Module, names_of, shape_of) -> dict[str, torch.Tensor]:
+    """Random weights for a model on the meta device, with the authors' names and shapes."""
     state_dict = {}
     for name, weight in model.state_dict().items():
-        if name == "codebook":
-            continue
-        if name.startswith("quantizer."):
-            weight = weight[0]
-        names = names_of(name, model)
-        for theirs in names:
-            shape = (len(weight) // len(names) + (name == "quantizer.codebook"), *weight.shape[1:])
-            state_dict[theirs] = torch.randn(shape) * 0.02
+        if name != "codebook":
+            for theirs in names_of(name, model):
+                state_dict[theirs] = torch.randn(shape_of(name, weight.shape, model)) * 0.02
     for name in [name for name in state_dict if "codebooks.0" in name]:
         state_dict.update({name.replace("codebooks.0", f"codebooks.{d}"): state_dict[name] for d in (1, 2, 3)})
     return state_dict
@@ -80,11 +75,13 @@ def main() -> None:
         with torch.device("meta"):
             vae = RQVAEModel(**rqvae_config(Section(yaml.safe_load(RQVAE))))
             transformer = RQTransformerModel(rqtransformer_config(Section(yaml.safe_load(RQTRANSFORMER)), True))
-        stages = {"stage1": (RQVAE, vae, rqvae_names), "stage2": (RQTRANSFORMER, transformer, rqtransformer_names)}
-        for stage, (config, model, names_of) in stages.items():
+        for stage, config, state_dict in (
+            ("stage1", RQVAE, make_up(vae, rqvae_names, rqvae_shape)),
+            ("stage2", RQTRANSFORMER, make_up(transformer, rqtransformer_names, rqtransformer_shape)),
+        ):
             (source / stage).mkdir(parents=True)
             (source / stage / "config.yaml").write_text(config)
-            torch.save({"state_dict": make_up(model, names_of)}, source / stage / "model.pt")
+            torch.save({"state_dict": state_dict}, source / stage / "model.pt")
         size = sum(file.stat().st_size for file in source.rglob("*.pt")) / 1e9
         print(f"checkpoint: {size:.2f} GB")
         for kind, destination in (("written to a folder", [str(Path(folder, "converted"))]), ("in memory", [])):

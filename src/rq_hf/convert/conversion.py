@@ -201,5 +201,7 @@ def blamed(label: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {one_line(error)}") from error
+    except OSError:
+        raise
     except Exception as error:  # whatever an option of the wrong kind leads to
         raise ValueError(f"{label}: no model comes of its config.yaml: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .configs import Section, read_config, stage_of
+from .configs import RQTRANSFORMER, RQVAE, Section, read_config, stage_of
 
 
 @dataclass
@@ -68,16 +68,20 @@ def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:
 def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
     """All stages below a folder, called `name`: each `config.yaml` of an RQ-VAE or RQ-Transformer with its `.pt` file.
 
-    Raises `ValueError` when there are none, or two of a stage.
+    Raises `ValueError` when there are none, two of a stage, or one of something else.
     """
     found = {}
     for path in sorted(folder.rglob("config.yaml")):
         config = read_config(path)
         stage = stage_of(config)
-        if stage is None:
-            continue
         place = Path(name, path.parent.relative_to(folder))
         files = sorted(path.parent.glob("*.pt"))
+        if stage is None and files and "arch" in config:
+            raise ValueError(
+                f"{place / path.name} describes neither an {RQVAE} nor an {RQTRANSFORMER} by its arch.type"
+            )
+        if stage is None:
+            continue
         if len(files) > 1:
             files = [file for file in files if file.name == "model.pt"] or files
         if len(files) != 1:

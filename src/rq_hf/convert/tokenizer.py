@@ -18,9 +18,11 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
         length: L; the tokenizer's `model_max_length`.
         name: `dataset.txt_tok_name`, which tells the authors' tokenizers apart.
 
-    Raises `ValueError` when the folder does not hold exactly one pair of files.
+    Raises `FileNotFoundError` without a folder, `ValueError` when it does not hold exactly one pair of files.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
     prefix = FILE_PREFIXES.get(name, "")
     vocabularies, merges = sorted(folder.glob("*vocab.json")), sorted(folder.glob("*merges.txt"))
     if len(vocabularies) > 1 or len(merges) > 1:

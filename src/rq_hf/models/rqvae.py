@@ -8,6 +8,7 @@ is `(B, C/pq, H·p, W·q)`, and the pixels are as many times more.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -196,6 +197,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         """
         if kwargs.get("original_config") is None and kwargs.get("config") is None:
             raise ValueError("from_single_file needs original_config, the config.yaml of the checkpoint, or config")
+        if isinstance(kwargs.get("original_config"), os.PathLike):
+            kwargs["original_config"] = os.fspath(kwargs["original_config"])
         return super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
 
     @property
