@@ -8,6 +8,8 @@ Eight GPUs, bf16:
     accelerate launch --multi_gpu --num_processes 8 examples/train_class_conditional.py --mixed_precision bf16 ...
 Two processes on a CPU:
     torchrun --nproc_per_node 2 examples/train_class_conditional.py --cpu ...
+Latents, once written by extract_latents.py, instead of pictures:
+    accelerate launch examples/train_class_conditional.py --rqvae runs/rqvae/rqvae --latents data/latents ...
 Go on after an interruption:
     ... --resume_from_checkpoint latest
 
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import Collator, DataArguments, load_images
+from rq_hf.data import DataArguments
 from rq_hf.training import (
     OptimizationArguments,
     create_accelerator,
@@ -33,7 +35,9 @@ from rq_hf.training import (
 from rq_hf.transformer_training import (
     TransformerArguments,
     TransformerLoss,
+    create_collator,
     create_transformer,
+    load_examples,
     model_card,
 )
 
@@ -65,9 +69,9 @@ def main() -> None:
         OptimizationArguments, DataArguments, TransformerArguments, ClassArguments, description=__doc__
     )
     accelerator = create_accelerator(optimization)
-    dataset = load_images(data, required_columns=(classes.label_column,) if classes.label_column else ())
-    num_classes = count_classes(classes, dataset)
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
+    dataset = load_examples(vae, args, data, (classes.label_column,) if classes.label_column else ())
+    num_classes = count_classes(classes, dataset)
     # One more class stands for "no class" in classifier-free guidance.
     condition = {"cond_vocab_size": num_classes + 1, "null_cond_id": num_classes} if num_classes else {}
     model = create_transformer(vae, args, **condition)
@@ -76,14 +80,7 @@ def main() -> None:
     pipeline = RQPipeline(vae, model)
     pipeline.set_progress_bar_config(disable=True)
 
-    collate = Collator(
-        data.image_column,
-        vae.config.sample_size,
-        data.random_flip,
-        data.skip_corrupt_images,
-        label_column=classes.label_column,
-        center_crop=data.center_crop,
-    )
+    collate = create_collator(vae, args, data, label_column=classes.label_column)
 
     def samples() -> dict[str, torch.Tensor]:
         generator = torch.Generator(accelerator.device).manual_seed(0)

@@ -9,6 +9,8 @@ Two processes on a CPU:
     torchrun --nproc_per_node 2 examples/train_t2i.py --cpu ...
 Local files, read as a stream:
     accelerate launch examples/train_t2i.py --data_files 'data/*.parquet' --streaming ...
+Latents, once written by extract_latents.py, instead of pictures:
+    accelerate launch examples/train_t2i.py --rqvae runs/rqvae/rqvae --latents data/latents ...
 Go on after an interruption:
     ... --resume_from_checkpoint latest
 
@@ -25,7 +27,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import Collator, DataArguments, load_images, train_tokenizer
+from rq_hf.data import DataArguments, train_tokenizer
 from rq_hf.training import (
     OptimizationArguments,
     create_accelerator,
@@ -39,7 +41,9 @@ from rq_hf.training import (
 from rq_hf.transformer_training import (
     TransformerArguments,
     TransformerLoss,
+    create_collator,
     create_transformer,
+    load_examples,
     model_card,
 )
 
@@ -83,14 +87,14 @@ def main() -> None:
     if args.transformer is not None and text.tokenizer is None:
         raise ValueError("--transformer needs the --tokenizer that it was trained with")
     accelerator = create_accelerator(optimization)
-    dataset = load_images(data, required_columns=(text.text_column,))
+    vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
+    dataset = load_examples(vae, args, data, required_columns=(text.text_column,))
     own_tokenizer = Path(optimization.output_dir) / "tokenizer"
     resumed = optimization.resume_from_checkpoint is not None and own_tokenizer.exists()
     if text.tokenizer is None and not resumed and accelerator.is_main_process:
         save_new_tokenizer(text, dataset, own_tokenizer)
     accelerator.wait_for_everyone()
     tokenizer = load_tokenizer(text.tokenizer or own_tokenizer, text.text_length)
-    vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     model = create_transformer(
         vae, args, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
     )
@@ -101,15 +105,7 @@ def main() -> None:
     if text.validation_prompts:
         pipeline.encode_prompt(text.validation_prompts)  # refuses prompts that are too long before the training
 
-    collate = Collator(
-        data.image_column,
-        vae.config.sample_size,
-        data.random_flip,
-        data.skip_corrupt_images,
-        text_column=text.text_column,
-        tokenizer=tokenizer,
-        center_crop=data.center_crop,
-    )
+    collate = create_collator(vae, args, data, text_column=text.text_column, tokenizer=tokenizer)
 
     def samples() -> dict[str, torch.Tensor]:
         if not text.validation_prompts:

@@ -1,4 +1,5 @@
-"""From any Hub data set or local files to batches of pixels, captions and labels: seeded, sharded, resumable."""
+"""From any Hub data set or local files to batches of pixels or latents, captions and labels: seeded, sharded,
+resumable."""
 
 import glob
 import itertools
@@ -28,7 +29,7 @@ BUILDERS = {
 
 
 @dataclass
-class DataArguments:
+class SourceArguments:
     _argument_group_name = "data"
 
     dataset_name: str | None = field(
@@ -39,7 +40,7 @@ class DataArguments:
         default=None,
         metadata={"help": f"Instead of --dataset_name: local files, globs allowed, one of {', '.join(BUILDERS)}."},
     )
-    split: str = field(default="train", metadata={"help": "Split to train on."})
+    split: str = field(default="train", metadata={"help": "Split to read."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the data set as a stream, without preparing it on disk first."}
     )
@@ -47,21 +48,25 @@ class DataArguments:
     center_crop: bool = field(
         default=True, metadata={"help": "Keep the middle square of an image; otherwise squeeze it into a square."}
     )
-    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images at random."})
-    shuffle_buffer_size: int = field(
-        default=10_000,
-        metadata={"help": "Examples in the shuffle buffer of a stream; a prepared data set is shuffled whole."},
-    )
     skip_corrupt_images: bool = field(
         default=False,
         metadata={"help": "Leave out images that cannot be decoded, and log how many (default: stop at the first)."},
     )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that decode images; 0 decodes in the training process."}
+        default=0, metadata={"help": "Processes that decode images; 0 decodes in the main process."}
     )
 
 
-def load_images(args: DataArguments, required_columns: tuple[str, ...] = ()):
+@dataclass
+class DataArguments(SourceArguments):
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images at random."})
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "Examples in the shuffle buffer of a stream; a prepared data set is shuffled whole."},
+    )
+
+
+def load_images(args: SourceArguments, required_columns: tuple[str, ...] = ()):
     """
     Opens the data set that `args` name, images not yet decoded, with an added column `example_index`.
 
@@ -160,6 +165,17 @@ class Collator:
         self.center_crop = center_crop
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | int]:
+        pixels, kept = self.decode(examples)
+        batch = {"pixels": pixels, "skipped_images": len(examples) - len(kept)}
+        if not kept:
+            return batch
+        if self.random_flip:
+            mirrored = torch.rand(len(kept)) < 0.5
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+        return batch | encode_conditions(kept, self.text_column, self.tokenizer, self.label_column)
+
+    def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
+        """Pixels `(B, 3, resolution, resolution)` of the examples whose image can be decoded, and these examples."""
         pixels, kept = [], []
         for example in examples:
             try:
@@ -173,23 +189,64 @@ class Collator:
                 ) from error
             pixels.append(to_pixels(image, self.resolution, self.center_crop))
             kept.append(example)
-        if not kept:
-            return {"pixels": torch.empty(0), "skipped_images": len(examples)}
-        batch = {"pixels": torch.stack(pixels), "skipped_images": len(examples) - len(kept)}
-        if self.random_flip:
-            mirrored = torch.rand(len(kept)) < 0.5
-            batch["pixels"][mirrored] = batch["pixels"][mirrored].flip(-1)
-        if self.text_column is not None:
-            captions = [example[self.text_column] for example in kept]
-            for example, caption in zip(kept, captions):
-                if not isinstance(caption, str):
-                    raise ValueError(
-                        f"the caption of example {example['example_index']} must be a string, got {caption!r}"
-                    )
-            batch["cond_ids"], batch["truncated_captions"] = tokenize(self.tokenizer, captions)
-        if self.label_column is not None:
-            batch["cond_ids"] = torch.tensor([[example[self.label_column]] for example in kept])
-        return batch
+        return torch.stack(pixels) if kept else torch.empty(0), kept
+
+
+class LatentCollator:
+    """
+    Examples of extracted latents -> a batch: `latents` `(B, H, W, C)` in bfloat16 and, if asked for, `cond_ids` as of
+    [`Collator`].
+
+    Args:
+        shape: of one example's latents, `(H, W, C)`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        text_column: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label_column: str | None = None,
+    ):
+        self.shape = shape
+        self.text_column = text_column
+        self.tokenizer = tokenizer
+        self.label_column = label_column
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | int]:
+        values = bytearray().join(example["latents"] for example in examples)
+        latents = torch.frombuffer(values, dtype=torch.bfloat16).view(-1, *self.shape)
+        batch = {"latents": latents, "skipped_images": 0}
+        return batch | encode_conditions(examples, self.text_column, self.tokenizer, self.label_column)
+
+
+def encode_conditions(
+    examples: list[dict],
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    label_column: str | None,
+) -> dict[str, torch.Tensor | int]:
+    """`cond_ids` and the number of `truncated_captions` of examples, see [`Collator`]; nothing without a column.
+
+    Raises `ValueError` for a caption that is no string.
+    """
+    if text_column is not None:
+        captions = [example[text_column] for example in examples]
+        for example, caption in zip(examples, captions):
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"the caption of example {example['example_index']} must be a string, got {caption!r}"
+                )
+        cond_ids, truncated_captions = tokenize(tokenizer, captions)
+        return {"cond_ids": cond_ids, "truncated_captions": truncated_captions}
+    if label_column is not None:
+        return {"cond_ids": torch.tensor([[example[label_column]] for example in examples])}
+    return {}
+
+
+def count_images(batch: dict) -> int:
+    """Images of a batch, as pixels or as latents."""
+    return len(batch["latents"] if "latents" in batch else batch["pixels"])
 
 
 def next_readable(batches: Iterator[dict], patience: int = 10_000) -> dict:
@@ -200,7 +257,7 @@ def next_readable(batches: Iterator[dict], patience: int = 10_000) -> dict:
     skipped = 0
     for batch in batches:
         skipped += batch["skipped_images"]
-        if len(batch["pixels"]):
+        if count_images(batch):
             return {**batch, "skipped_images": skipped}
         if skipped >= patience:
             break

@@ -296,8 +296,9 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversary is not None:
-                    metrics |= adversary.update()
-                    check_finite(args, step + 1, **metrics)
+                    losses = adversary.update()
+                    check_finite(args, step + 1, **losses)
+                    metrics |= losses
             meter.add(batch, loss=loss, **metrics)
         scheduler.step()
         if average:

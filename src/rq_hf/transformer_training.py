@@ -1,10 +1,17 @@
-"""What the stage-2 scripts share: the transformer's arguments, its loss on images, and samples while it trains."""
+"""What the stage-2 scripts share: the transformer's arguments, its data (images or latents) and its loss on them."""
 
-from dataclasses import dataclass, field
+import glob
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 
+from .data import Collator, DataArguments, LatentCollator, load_images
 from .models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+
+LATENTS_DESCRIPTION = "latents.json"
 
 
 @dataclass
@@ -15,6 +22,10 @@ class TransformerArguments:
     transformer: str | None = field(
         default=None,
         metadata={"help": "Trained transformer to go on from: a folder or a Hub id (default: a new one)."},
+    )
+    latents: str | None = field(
+        default=None,
+        metadata={"help": "Instead of pictures: a folder of their latents, written by extract_latents.py."},
     )
     hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
     spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
@@ -99,8 +110,69 @@ def create_transformer(
     return model
 
 
+def describe_latents(vae: RQVAEModel) -> dict:
+    """What distinguishes the latents of `vae`: their shape `(H, W, C)`, how they are stored, and a fingerprint of the
+    weights that codes depend on, those of the encoder and the codebook."""
+    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
+    fingerprint = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.", "quantizer.codebook")):
+            fingerprint.update(weight.float().cpu().numpy().tobytes())
+    return {
+        "shape": [height, width, vae.config.codebook_dim],
+        "dtype": "bfloat16",
+        "rqvae_sha256": fingerprint.hexdigest(),
+    }
+
+
+def load_examples(
+    vae: RQVAEModel, args: TransformerArguments, data: DataArguments, required_columns: tuple[str, ...] = ()
+):
+    """
+    Opens the latents that `args` name or, if they name none, the images that `data` names (see [`load_images`]).
+
+    Raises:
+        `ValueError`: latents of another RQ-VAE, a folder without latents, options that only images have, and what
+        [`load_images`] refuses.
+    """
+    if args.latents is None:
+        return load_images(data, required_columns)
+    for option in fields(data):
+        concerns_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
+        if concerns_images and getattr(data, option.name) != option.default:
+            raise ValueError(f"--{option.name} concerns images, not --latents: see extract_latents.py --help")
+    description = Path(args.latents, LATENTS_DESCRIPTION)
+    if not description.exists():
+        raise ValueError(f"--latents must be a folder that extract_latents.py wrote; there is no {description}")
+    found, needed = json.loads(description.read_text()), describe_latents(vae)
+    if found != needed:
+        raise ValueError(
+            f"--latents {args.latents} was extracted with another RQ-VAE than --rqvae {args.rqvae}: "
+            f"its {LATENTS_DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
+        )
+    files = str(Path(glob.escape(args.latents), "*.parquet"))
+    return load_images(replace(data, data_files=files, image_column="latents"), required_columns)
+
+
+def create_collator(
+    vae: RQVAEModel, args: TransformerArguments, data: DataArguments, **conditions
+) -> Collator | LatentCollator:
+    """What makes batches of the examples of [`load_examples`]; `conditions` are the collators' other arguments."""
+    if args.latents is not None:
+        return LatentCollator(describe_latents(vae)["shape"], **conditions)
+    return Collator(
+        data.image_column,
+        vae.config.sample_size,
+        data.random_flip,
+        data.skip_corrupt_images,
+        center_crop=data.center_crop,
+        **conditions,
+    )
+
+
 class TransformerLoss:
-    """(model, batch) -> loss and metrics: encodes the pixels, draws the codes, drops conditions, scores the codes."""
+    """(model, batch) -> loss and metrics: encodes the pixels, if the batch has no latents yet, draws the codes, drops
+    conditions, scores the codes."""
 
     def __init__(self, vae: RQVAEModel, config: RQTransformerConfig, args: TransformerArguments, autocast):
         self.vae = vae
@@ -111,7 +183,10 @@ class TransformerLoss:
     def __call__(self, model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         soft = self.args.labels == "soft"
         with torch.no_grad(), self.autocast():
-            vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)  # (B, H, W, C)
+            if "latents" in batch:
+                vectors = batch["latents"]  # (B, H, W, C)
+            else:
+                vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)
             temperature = self.args.soft_label_temperature if soft else None
             codes, residuals = self.vae.quantizer.get_codes(vectors, temperature)
         output = model(

@@ -1,0 +1,159 @@
+"""Encode every picture of a data set once, so that stage 2 trains on latents: no pictures to decode and encode again.
+
+Captioned pictures, and the training on them:
+    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name user/captioned-pictures \\
+        --text_column text --mixed_precision bf16 --output_dir data/latents
+    accelerate launch examples/train_t2i.py --rqvae runs/rqvae/rqvae --latents data/latents ...
+Labelled pictures, every one also mirrored:
+    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name uoft-cs/cifar10 \\
+        --image_column img --label_column label --mirror --output_dir data/latents
+    accelerate launch examples/train_class_conditional.py --rqvae runs/rqvae/rqvae --latents data/latents ...
+Eight GPUs:
+    accelerate launch --multi_gpu --num_processes 8 examples/extract_latents.py ...
+
+OUTPUT_DIR appears when all is written: parquet files with the captions or classes and a column `latents`, the bytes of
+the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint of the
+RQ-VAE, so that another one is refused. Codes are not stored: training draws them anew in every epoch.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from rq_hf import RQVAEModel
+from rq_hf.data import Collator, SourceArguments, load_images
+from rq_hf.training import parse_arguments
+from rq_hf.transformer_training import LATENTS_DESCRIPTION, describe_latents
+
+
+@dataclass
+class ExtractionArguments:
+    _argument_group_name = "extraction"
+
+    rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
+    output_dir: str = field(metadata={"help": "New folder for the latents."})
+    text_column: str | None = field(default=None, metadata={"help": "Column with captions to keep."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with classes to keep."})
+    mirror: bool = field(
+        default=False, metadata={"help": "Store every picture a second time, mirrored: --random_flip of the training."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images per process that are encoded at a time."})
+    rows_per_file: int = field(default=10_000, metadata={"help": "Rows per parquet file, held in memory until then."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arithmetic of the encoder (default: as accelerate is configured).",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    cpu: bool = field(default=False, metadata={"help": "Encode on the CPU even where there is an accelerator."})
+
+    def __post_init__(self):
+        for name in ("batch_size", "rows_per_file"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        return tuple(column for column in (self.text_column, self.label_column) if column is not None)
+
+
+def collate(examples: list[dict], collator: Collator, columns: tuple[str, ...]) -> dict:
+    """Examples -> `pixels` `(B, 3, height, width)`, `rows` of the columns to keep, and the number of
+    `skipped_images`."""
+    pixels, decoded = collator.decode(examples)
+    rows = [{column: example[column] for column in columns} for example in decoded]
+    return {"pixels": pixels, "rows": rows, "skipped_images": len(examples) - len(rows)}
+
+
+def encode(
+    batches: Iterable[dict], vae: RQVAEModel, accelerator: Accelerator, mirror: bool, counts: Counter
+) -> Iterator[dict]:
+    """Batches of `collate` -> rows with latents; counts them and the skipped images."""
+    for batch in batches:
+        pixels, rows = batch["pixels"], batch["rows"]
+        counts["skipped_images"] += batch["skipped_images"]
+        if not rows:
+            continue
+        if mirror:
+            pixels, rows = torch.cat([pixels, pixels.flip(-1)]), rows * 2
+        with torch.no_grad(), accelerator.autocast():
+            vectors = vae.latents_to_vectors(vae.encode(pixels.to(accelerator.device)).latents)  # (B, H, W, C)
+        for latents, row in zip(vectors.bfloat16().cpu(), rows):
+            counts["rows"] += 1
+            yield {"latents": latents.contiguous().view(torch.uint8).numpy().tobytes(), **row}
+
+
+def write_parquet(rows: Iterator[dict], features: datasets.Features, folder: Path, name: str, per_file: int) -> None:
+    """Writes rows to files of `per_file` rows."""
+    for number in itertools.count():
+        shard = list(itertools.islice(rows, per_file))
+        if not shard:
+            return
+        datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{name}-{number:05d}.parquet")
+
+
+def main() -> None:
+    data, args = parse_arguments(SourceArguments, ExtractionArguments, description=__doc__)
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
+    accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
+    dataset = load_images(data, required_columns=args.kept_columns)
+    datasets.disable_progress_bars()  # those of writing the files; there is one of all batches
+
+    collator = Collator(
+        data.image_column,
+        vae.config.sample_size,
+        skip_corrupt_images=data.skip_corrupt_images,
+        center_crop=data.center_crop,
+    )
+    loader = DataLoader(
+        split_dataset_by_node(dataset, rank, world_size),
+        batch_size=args.batch_size,
+        collate_fn=partial(collate, collator=collator, columns=args.kept_columns),
+        num_workers=data.dataloader_num_workers,
+    )
+    declared = dataset.features or {}  # a stream need not declare its columns
+    features = datasets.Features({"latents": datasets.Value("binary")})
+    for column, kind in ((args.text_column, "string"), (args.label_column, "int64")):
+        if column is not None:
+            features[column] = declared.get(column, datasets.Value(kind))
+
+    unfinished = output_dir.with_name(f"unfinished-{output_dir.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    counts = Counter()
+    batches = tqdm(loader, desc="encoding", unit="batch", disable=not accelerator.is_local_main_process)
+    rows = encode(batches, vae, accelerator, args.mirror, counts)
+    write_parquet(rows, features, unfinished, f"latents-{rank:03d}", args.rows_per_file)
+    own = torch.tensor([counts["rows"], counts["skipped_images"]], device=accelerator.device)
+    written, skipped = accelerator.reduce(own, "sum").tolist()  # which waits for the files of all processes
+    if not written:
+        raise ValueError(f"the data set has no images to encode ({skipped} could not be decoded)")
+    if accelerator.is_main_process:
+        (unfinished / LATENTS_DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+        os.rename(unfinished, output_dir)
+    accelerator.print(f"saved {written:,} rows in {output_dir}; {skipped:,} images could not be decoded")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
