@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
 from .adversarial import Adversary
-from .data import Collator, DataArguments, TrainingStream, count_images, next_readable
+from .data import DataArguments, TrainingStream, count_images, next_readable
 from .images import image_grid
 
 logger = get_logger(__name__)
@@ -217,7 +217,7 @@ def create_accelerator(args: OptimizationArguments) -> Accelerator:
 
 
 def create_stream(
-    accelerator: Accelerator, dataset, collate: Collator, args: OptimizationArguments, data_args: DataArguments
+    accelerator: Accelerator, dataset, collate: Callable, args: OptimizationArguments, data_args: DataArguments
 ) -> TrainingStream:
     """This rank's share of the data set as an endless stream of batches."""
     return TrainingStream(
