@@ -281,10 +281,46 @@ def test_gradient_checkpointing_changes_nothing(script, command, tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
+# The discriminator learns from step 2 on, and reaches the RQ-VAE at step 4.
+ADVERSARY = ["--discriminator_weight", 0.5, "--discriminator_width", 4, "--discriminator_layers", 1]
+ADVERSARY += ["--discriminator_start", 1, "--discriminator_warmup_steps", 2]
+
+
+def test_resumed_run_with_an_adversary_ends_with_the_weights_of_an_unbroken_one(command, tmp_path):
+    finish(RQVAE, command(RQVAE, tmp_path / "unbroken", *ADVERSARY))
+    arguments = command(RQVAE, tmp_path / "killed", *ADVERSARY, "--resume_from_checkpoint", "latest")
+    assert start(RQVAE, arguments, die_at="checkpoint-4/optimizer.bin").code == -signal.SIGKILL
+    finish(RQVAE, arguments)
+    assert_same_weights(RQVAE, tmp_path / "killed", tmp_path / "unbroken")
+    steps = {line["step"]: line for line in logged(tmp_path / "unbroken")}
+    assert [step for step in steps if "loss_discriminator" in steps[step]] == [2, 3, 4, 5, 6]
+    assert [step for step in steps if "loss_generator" in steps[step]] == [4, 5, 6]
+
+
+def test_two_processes_with_an_adversary_end_with_the_same_weights(command, tmp_path):
+    arguments = command(RQVAE, tmp_path / "run", *ADVERSARY, "--train_batch_size", 4)
+    for outcome in run_group(2, train_and_keep, RQVAE, arguments, tmp_path):
+        assert outcome.code == 0, outcome.output
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_validation_logs_quality_and_codebook_usage(command, shape_files, tmp_path):
+    finish(RQVAE, command(RQVAE, tmp_path / "run", "--validation_files", shape_files, "--validation_images", 12))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    validated = {line["step"]: line for line in log if "validation/psnr" in line}
+    assert list(validated) == [3, 6]
+    assert 0 < validated[6]["validation/psnr"] < 60
+    for d in range(1, DEPTH + 1):
+        assert 0 < validated[6][f"validation/usage_depth_{d}"] <= 1
+        assert 1 <= validated[6][f"validation/perplexity_depth_{d}"] <= 16
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--codebook_update", "gradient"], {"codebook_update": "gradient"}),
+        (["--codebook_init", "k-means", "--quantizer_dropout", 0.5], {"quantizer_dropout": 0.5}),
         (["--codebook_per_depth"], {"shared_codebook": False}),
         (["--depth", 1, "--reconstruction_loss", "l1"], {"depth": 1}),
         (["--attention_levels", 1, 2], {"down_block_types": ["DownEncoderBlock2D"] + ["AttnDownEncoderBlock2D"] * 2}),
@@ -379,6 +415,9 @@ class TestCorruptImage:
         (RQVAE, ["--resolution", "18"], "--resolution must be divisible by 4, got 18"),
         (RQVAE, ["--dataset_name", "user/pictures"], "give one of --dataset_name and --data_files"),
         (RQVAE, ["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        (RQVAE, ["--perceptual_weight", "1"], "--perceptual_weight 0 trains without"),
+        (RQVAE, ["--quantizer_dropout", "2"], "quantizer_dropout must lie in [0, 1], got 2.0"),
+        (RQVAE, ["--validation_split", "a", "--validation_files", "b"], "at most one of --validation_split"),
         (TEXT, ["--cond_dropout", "1"], "--cond_dropout must lie in [0, 1), got 1.0"),
         (TEXT, ["--soft_label_temperature", "0"], "--soft_label_temperature must be greater than 0, got 0.0"),
         (TEXT, ["--labels", "weak"], "invalid choice: 'weak'"),
