@@ -16,6 +16,7 @@ Go on after an interruption:
 The finished pipeline is OUTPUT_DIR/pipeline: RQPipeline.from_pretrained("OUTPUT_DIR/pipeline")(class_labels=[0, 1]).
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def main() -> None:
         compute_loss=TransformerLoss(vae, model.config, args, accelerator.autocast),
         make_images=samples,
         configuration=flat_configuration(optimization, data, args, classes),
+        codes_per_image=math.prod(model.config.code_shape),
     )
     destination = Path(optimization.output_dir) / "pipeline"
     usage = "pipe(class_labels=[0, 1])" if num_classes else "pipe(num_images_per_prompt=4)"

@@ -23,6 +23,7 @@ codebook follows by moving average.
 import copy
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -332,6 +333,7 @@ def main() -> None:
         compute_loss=RQVAELoss(losses, model, lpips, adversary),
         make_images=lambda: reconstructions(model, shown[:16]),
         configuration=flat_configuration(optimization, data, args, losses, validation),
+        codes_per_image=args.depth * math.prod(args.resolution // pixels for pixels in model.pixels_per_code),
         adversary=adversary,
         validate=functools.partial(validation_metrics, model, held_out, lpips) if held_out else None,
     )

@@ -20,6 +20,7 @@ Text goes through any tokenizer (--tokenizer), or through one trained on the cap
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def main() -> None:
         compute_loss=TransformerLoss(vae, model.config, args, accelerator.autocast),
         make_images=samples,
         configuration=flat_configuration(optimization, data, args, text),
+        codes_per_image=math.prod(model.config.code_shape),
     )
     destination = Path(optimization.output_dir) / "pipeline"
     save_finished(accelerator, pipeline, destination, optimization, model_card(model, 'pipe("a prompt")'))

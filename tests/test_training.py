@@ -68,6 +68,7 @@ def run_training(output_dir, arguments, model=Noisy, die_at=None):
         compute_loss,
         make_images=lambda: {"noise": torch.rand(2, 3, 4, 4)},
         configuration={"purpose": "test"},
+        codes_per_image=3,
     )
     torch.save(model.state_dict(), output_dir / f"weights-{rank}.pt")
 
@@ -126,6 +127,7 @@ class TestArguments:
             ({"logging_steps": 0}, "--logging_steps must be at least 1"),
             ({"ema_decay": 1.0}, r"--ema_decay must lie in \[0, 1\), got 1.0"),
             ({"ema_decay": -0.1}, "--ema_decay"),
+            ({"peak_teraflops": 0.0}, "--peak_teraflops must be greater than 0, got 0.0"),
         ],
     )
     def test_out_of_range_is_an_error_that_names_the_option(self, arguments, message):
@@ -247,6 +249,16 @@ class TestTrain:
 
     def test_counts_skipped_images_over_the_run(self, unbroken):
         assert logged(unbroken)[5]["skipped_images"] == 10
+
+    def test_measures_speed_and_utilization(self, tmp_path):
+        finished_training(tmp_path, model=Smooth, peak_teraflops=1e-6)
+        forward = 2 * (2 * 4 + 4 * 1)  # two linear layers, an image a row
+        for line in logged(tmp_path).values():
+            assert line["codes_per_second"] == pytest.approx(3 * line["images_per_second"])
+            # The first layer needs no gradient of its input.
+            assert line["flops_utilization"] == pytest.approx(
+                line["images_per_second"] * (3 * forward - 2 * 2 * 4) / 1e6
+            )
 
     def test_keeps_the_newest_checkpoints(self, unbroken):
         assert checkpoint_names(unbroken) == ["checkpoint-4", "checkpoint-6"]

@@ -19,6 +19,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import set_seed
 from huggingface_hub import create_repo, upload_folder
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
@@ -62,6 +63,10 @@ class OptimizationArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and sampling."})
     logging_steps: int = field(default=50, metadata={"help": "Log every so many steps."})
     image_logging_steps: int = field(default=1000, metadata={"help": "Log pictures every so many steps; 0 for never."})
+    peak_teraflops: float | None = field(
+        default=None,
+        metadata={"help": "Peak of one device in the arithmetic used, 10¹² FLOP/s: its utilization is then logged."},
+    )
     checkpointing_steps: int = field(default=1000, metadata={"help": "Save a checkpoint every so many steps."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "Keep only the newest checkpoints."})
     resume_from_checkpoint: str | None = field(
@@ -82,6 +87,8 @@ class OptimizationArguments:
         for name in (*at_least_one, "checkpointing_steps", "checkpoints_total_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.peak_teraflops is not None and self.peak_teraflops <= 0:
+            raise ValueError(f"--peak_teraflops must be greater than 0, got {self.peak_teraflops}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -251,6 +258,7 @@ def train(
     compute_loss: Callable[[torch.nn.Module, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     make_images: Callable[[], dict[str, torch.Tensor]],
     configuration: dict,
+    codes_per_image: int,
     adversary: Adversary | None = None,
     validate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
@@ -261,6 +269,7 @@ def train(
         compute_loss: (prepared model, batch) -> (loss, metrics to be averaged and logged).
         make_images: -> name: pictures `(B, 3, height, width)` in [0, 1]; called with the averaged weights.
         configuration: of the run, for the trackers.
+        codes_per_image: H·W·D, for the codes per second.
         adversary: learns after each of the model's steps, from what `compute_loss` showed it.
         validate: -> metrics to be logged; called with the averaged weights, as often as `make_images`.
 
@@ -280,7 +289,7 @@ def train(
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
-    meter = Meter(accelerator, "skipped_images", "truncated_captions")
+    meter = Meter(accelerator, codes_per_image, "skipped_images", "truncated_captions")
     batches = iter(stream)
     model.train()
     while step < args.max_train_steps:
@@ -288,9 +297,10 @@ def train(
             batch = next_readable(batches)
             batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             with accelerator.accumulate(model, *([adversary.prepared] if adversary else [])):
-                loss, metrics = compute_loss(model, batch)
-                check_finite(args, step + 1, loss=loss)
-                accelerator.backward(loss)
+                with meter.counting_flops(batch, args.peak_teraflops):
+                    loss, metrics = compute_loss(model, batch)
+                    check_finite(args, step + 1, loss=loss)
+                    accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
@@ -358,10 +368,13 @@ def averaged_weights(model: torch.nn.Module, average: WeightAverage | None):
 
 
 class Meter:
-    """Means of logged values since the last result and counts since the start, over all ranks; images per second."""
+    """Means of logged values since the last result and counts since the start, over all ranks; images and codes per
+    second, and the share of a device's peak arithmetic that forward and backward pass use."""
 
-    def __init__(self, accelerator: Accelerator, *counters: str):
+    def __init__(self, accelerator: Accelerator, codes_per_image: int, *counters: str):
         self.accelerator = accelerator
+        self.codes_per_image = codes_per_image
+        self.utilization_per_image = None  # seconds that an image takes at the peak
         self.counts = torch.zeros(len(counters))
         self.counters = counters
         self._reset()
@@ -371,6 +384,16 @@ class Meter:
         self.images = 0
         self.seconds = 0.0
         self.restart_clock()
+
+    @contextmanager
+    def counting_flops(self, batch: dict, peak_teraflops: float | None):
+        """Inside, the operations on the first batch are counted, recomputed activations too; no others."""
+        if peak_teraflops is None or self.utilization_per_image is not None:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.utilization_per_image = counter.get_total_flops() / count_images(batch) / (peak_teraflops * 1e12)
 
     def restart_clock(self):
         """Leaves out the time since the last `add`: what a checkpoint or pictures took."""
@@ -387,7 +410,11 @@ class Meter:
     def result(self) -> dict[str, float]:
         means = {name: torch.stack(v).float().mean() for name, v in self.values.items()}
         result = {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
-        result["images_per_second"] = self.images * self.accelerator.num_processes / self.seconds
+        images_per_second = self.images / self.seconds  # of this process
+        result["images_per_second"] = images_per_second * self.accelerator.num_processes
+        result["codes_per_second"] = result["images_per_second"] * self.codes_per_image
+        if self.utilization_per_image is not None:
+            result["flops_utilization"] = images_per_second * self.utilization_per_image
         counts = self.accelerator.reduce(self.counts.to(self.accelerator.device), "sum").tolist()
         result.update((name, int(count)) for name, count in zip(self.counters, counts) if count)
         self._reset()
