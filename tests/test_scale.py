@@ -15,10 +15,6 @@ import torch.distributed as dist
 import training_process
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from processes import die_while_saving, run_group
 from shapes import CAPTIONS, write_shapes
 from test_data import epochs
@@ -190,48 +186,17 @@ class TestTwoRanksShareAStream:
             assert sorted(shares[0] + shares[1]) == sorted(expected)
 
 
-def launch_arguments(name):
-    """What `accelerate launch --config_file` makes of a configuration."""
-    parser = launch_command_parser()
-    return _validate_launch_command(parser.parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"]))[0]
-
-
 class TestAccelerateConfigurations:
     @pytest.mark.parametrize(
         ("name", "kind", "num_processes"),
         [
             ("single_gpu", DistributedType.NO, 1),
             ("ddp_8_gpus", DistributedType.MULTI_GPU, 8),
-            ("fsdp2_8_gpus", DistributedType.FSDP, 8),
-            ("deepspeed_zero2_8_gpus", DistributedType.DEEPSPEED, 8),
         ],
     )
     def test_loads(self, name, kind, num_processes):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
         assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, num_processes, "bf16")
-
-    def test_fsdp2_shards_by_block(self, monkeypatch):
-        for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2_8_gpus")).items():
-            monkeypatch.setenv(name, value)
-        plugin = FullyShardedDataParallelPlugin()
-        assert plugin.fsdp_version == 2
-        assert plugin.reshard_after_forward
-        assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
-        assert not plugin.activation_checkpointing
-        assert not plugin.cpu_ram_efficient_loading
-        model = tiny_transformer()
-        is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
-        assert [m for m in model.modules() if is_unit(m)] == [m for m in model.modules() if isinstance(m, RQBlock)]
-
-    def test_deepspeed_shards_optimizer_states(self, monkeypatch):
-        arguments = launch_arguments("deepspeed_zero2_8_gpus")
-        arguments.deepspeed_fields_from_accelerate_config = ""
-        for name, value in prepare_deepspeed_cmd_env(arguments)[1].items():
-            monkeypatch.setenv(name, value)
-        config = DeepSpeedPlugin().deepspeed_config
-        assert config["zero_optimization"]["stage"] == 2
-        assert config["gradient_accumulation_steps"] == "auto"  # the script's
-        assert config["gradient_clipping"] == 1.0
 
 
 def text_to_image_model():
