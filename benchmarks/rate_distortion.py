@@ -35,6 +35,7 @@ RUNS = {  # name: arguments of the model
     "D=8 K=512": {"depth": 8, "codebook_size": 512},
     "D=1 K=4096": {"depth": 1, "codebook_size": 4096},
     "D=1 K=32768": {"depth": 1, "codebook_size": 32768},
+    "D=1 K=131072": {"depth": 1, "codebook_size": 131072},
     "D=4 K=512 quantizer dropout": {"depth": 4, "codebook_size": 512, "quantizer_dropout": 1.0},
 }
 
@@ -53,7 +54,7 @@ def batches(pictures: torch.Tensor, labels: torch.Tensor, batch_size: int, epoch
         pixels = pictures[rows].float() / 127.5 - 1
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
         pixels[mirrored] = pixels[mirrored].flip(-1)
-        yield pixels.contiguous(memory_format=torch.channels_last), labels[rows]
+        yield pixels, labels[rows]
 
 
 def fit(model: nn.Module, loss_of, pictures, labels, epochs: int, batch_size: int, learning_rate: float) -> float:
@@ -104,7 +105,7 @@ class FeatureNetwork(nn.Module):
 
 def feature_network(path: Path, train, validation) -> FeatureNetwork:
     """The trained network; trains it on the first call."""
-    network = FeatureNetwork().to(memory_format=torch.channels_last)
+    network = FeatureNetwork()
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network.eval()
@@ -137,7 +138,7 @@ def create_model(**overrides) -> RQVAEModel:
         codebook_dim=64,
         sample_size=32,
         **overrides,
-    ).to(memory_format=torch.channels_last)
+    )
 
 
 def rqvae_loss(model: RQVAEModel, pixels: torch.Tensor, _) -> torch.Tensor:
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--data_files", required=True, help="parquet files with the columns img and label")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"of {list(RUNS)}")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()

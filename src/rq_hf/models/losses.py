@@ -10,10 +10,8 @@ classifiers or codebooks (1 when shared by all depths, else D).
 
 import torch
 
-from .quantizer import soft_targets
-
-# Logits are formed for so many (position, code) pairs at a time: 32 MiB of float32.
-MAX_PAIRS = 2**23
+# Logits are formed for so many (position, code) pairs at a time: 64 MiB of float32.
+MAX_PAIRS = 2**24
 
 
 def codes_cross_entropy(
@@ -49,42 +47,52 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
         with torch.autocast(device, enabled=False):
             num_positions, depth, _ = hidden_states.shape
-            rows = max(1, MAX_PAIRS // weight.shape[1])
+            codebook_size = weight.shape[1]
+            rows = max(1, min(num_positions, MAX_PAIRS // codebook_size))
             depth_losses = torch.zeros(depth, device=hidden_states.device)
+            # All chunks use the same memory: a CPU takes longer to map new memory than to do most of what follows.
+            dtypes = (dtype, torch.float32, torch.float32)
+            memory = [hidden_states.new_empty(rows, codebook_size, dtype=dtype) for dtype in dtypes]
             with_grad = any(ctx.needs_input_grad[:3])
             if with_grad:
                 grad_hidden = torch.empty_like(hidden_states)
                 grad_weight = torch.zeros_like(weight, dtype=torch.float32)
                 grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+                product = torch.empty_like(weight[0], dtype=dtype)
 
             for d in range(depth):
                 m = d if len(weight) > 1 else 0
-                depth_weight = weight[m].to(dtype)
+                depth_weight, depth_bias = weight[m].to(dtype), bias[m].to(dtype)
+                if labels is None:
+                    depth_codebook = codebook[d if len(codebook) > 1 else 0].float()
+                    code_bias = depth_codebook.square().sum(dim=-1) / -temperature
                 for start in range(0, num_positions, rows):
                     chunk = slice(start, start + rows)
                     hidden = hidden_states[chunk, d].to(dtype)
-                    logits = (hidden @ depth_weight.t()).float() + bias[m].float()  # (n, K)
-                    normalizer = logits.logsumexp(dim=-1)
-                    if labels is not None:
-                        target = labels[chunk, d, None]
-                        target_logit = logits.gather(-1, target).squeeze(-1)
+                    logits, log_probs, target = (matrix[: len(hidden)] for matrix in memory)  # (n, K)
+                    if labels is None:  # softmax(−‖r − e(k)‖²/τ), where ‖r‖² makes no difference
+                        residual = residuals[chunk, d].float()
+                        torch.addmm(code_bias, residual, depth_codebook.t(), alpha=2 / temperature, out=log_probs)
+                        torch.softmax(log_probs, dim=-1, out=target)
+                    torch.addmm(depth_bias, hidden, depth_weight.t(), out=logits)
+                    torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
+                    if labels is None:
+                        target_log_prob = target[:, None] @ log_probs[:, :, None]
                     else:
-                        depth_codebook = codebook[d if len(codebook) > 1 else 0].float()
-                        target = soft_targets(residuals[chunk, d].float(), depth_codebook, temperature)  # (n, K)
-                        target_logit = torch.linalg.vecdot(target, logits)
-                    depth_losses[d] += (normalizer - target_logit).sum() / num_positions
+                        target_log_prob = log_probs.gather(-1, labels[chunk, d, None])
+                    depth_losses[d] -= target_log_prob.sum() / num_positions
                     if not with_grad:
                         continue
 
-                    grad_logits = logits.sub_(normalizer[:, None]).exp_()  # softmax(logits) − target
-                    if labels is not None:
-                        grad_logits.scatter_add_(-1, target, -torch.ones_like(normalizer)[:, None])
-                    else:
+                    grad_logits = log_probs.exp_()  # softmax(logits) − target
+                    if labels is None:
                         grad_logits.sub_(target)
+                    else:
+                        grad_logits.scatter_add_(-1, labels[chunk, d, None], torch.full_like(target_log_prob, -1))
                     grad_bias[m] += grad_logits.sum(dim=0)
                     grad_logits = grad_logits.to(dtype)
                     grad_hidden[chunk, d] = (grad_logits @ depth_weight).to(grad_hidden.dtype)
-                    grad_weight[m] += grad_logits.t() @ hidden
+                    grad_weight[m] += torch.mm(grad_logits.t(), hidden, out=product)
 
         if with_grad:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
