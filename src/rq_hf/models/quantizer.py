@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# Distances are computed for so many (vector, codeword) pairs at a time: 64 MiB of float32.
-MAX_PAIRS = 2**24
+# Distances are computed for so many (vector, codeword) pairs at a time: 16 MiB of float32, which caches hold.
+MAX_PAIRS = 2**22
 
 
 @dataclass
@@ -209,14 +209,15 @@ class ResidualQuantizer(nn.Module):
         Raises `ValueError` for fewer vectors than codewords.
         """
         self._check_vectors(vectors)
-        vectors = vectors.float().reshape(-1, self.codebook_dim)
-        residual = vectors
-        for m in range(len(self.codebook)):
-            self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
-            residual = residual - F.embedding(self._nearest(residual, m), self.codebook_at(m))
-        if self.shared_codebook and self.depth > 1:
-            residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
-            self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors = vectors.float().reshape(-1, self.codebook_dim)
+            residual = vectors
+            for m in range(len(self.codebook)):
+                self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
+                residual = residual - F.embedding(self._nearest(residual, m), self.codebook_at(m))
+            if self.shared_codebook and self.depth > 1:
+                residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
+                self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
 
     def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
         self.codebook[m] = codewords
@@ -282,8 +283,8 @@ class ResidualQuantizer(nn.Module):
         """K residuals of the batch in random order, repeated with a little noise where N < K. (N, C) -> (K, C)"""
         repeats = -(-self.codebook_size // len(residual))
         if repeats > 1:
-            residual = residual.repeat(repeats, 1)
-            residual = residual + torch.rand_like(residual) * (0.01 / self.codebook_dim**0.5)
+            noise = torch.rand(repeats, *residual.shape, device=residual.device).mul_(0.01 / self.codebook_dim**0.5)
+            residual = noise.add_(residual).flatten(0, 1)
         return residual[torch.randperm(len(residual), device=residual.device)[: self.codebook_size]]
 
     def extra_repr(self) -> str:
@@ -294,9 +295,21 @@ class ResidualQuantizer(nn.Module):
 
 
 def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """argmin over k of ‖v − e(k)‖². (N, C), (K, C) -> (N,)"""
+    """argmin over k of ‖v − e(k)‖², which is that of ‖e(k)‖² − 2 v·e(k). (N, C), (K, C) -> (N,)"""
+    weight, bias = -2 * codebook, codebook.square().sum(dim=-1)
     chunks = vectors.split(max(1, MAX_PAIRS // len(codebook)))
-    return torch.cat([squared_distances(chunk, codebook).argmin(dim=-1) for chunk in chunks])
+    return torch.cat([linear(chunk, weight, bias).argmin(dim=-1) for chunk in chunks])
+
+
+def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`F.linear` of vectors `(N, C)`, weight `(K, C)` and bias `(K,)` in float32: `(N, K)`.
+
+    On a CPU it is a 1×1 convolution, because torch leaves those to oneDNN: up to twice as fast as its matrix product.
+    """
+    if vectors.device.type != "cpu":
+        return F.linear(vectors, weight, bias)
+    pixels = vectors.reshape(1, len(vectors), 1, -1).permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
+    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(vectors), -1)
 
 
 def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
