@@ -91,7 +91,8 @@ def main() -> None:
             if num_classes
             else {"num_images_per_prompt": count}
         )
-        return {"samples": pipeline(**which, generator=generator, output_type="pt").images}
+        with accelerator.autocast():
+            return {"samples": pipeline(**which, generator=generator, output_type="pt").images}
 
     train(
         accelerator,

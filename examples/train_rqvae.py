@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType
 
 from rq_hf import RQVAEModel
 from rq_hf.adversarial import Adversary, PatchDiscriminator
@@ -300,6 +301,11 @@ def main() -> None:
         OptimizationArguments, DataArguments, RQVAEArguments, LossArguments, ValidationArguments, description=__doc__
     )
     accelerator = create_accelerator(optimization)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "an RQ-VAE is trained with plain data parallelism (--multi_gpu), "
+            f"got {accelerator.distributed_type.value}: sharded or in bf16 its codebook would lose its moving average"
+        )
     model = create_model(args)
     if any(args.resolution % pixels for pixels in model.pixels_per_code):
         raise ValueError(f"--resolution must be divisible by {max(model.pixels_per_code)}, got {args.resolution}")

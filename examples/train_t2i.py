@@ -112,7 +112,8 @@ def main() -> None:
         if not text.validation_prompts:
             return {}
         generator = torch.Generator(accelerator.device).manual_seed(0)
-        return {"samples": pipeline(text.validation_prompts, generator=generator, output_type="pt").images}
+        with accelerator.autocast():
+            return {"samples": pipeline(text.validation_prompts, generator=generator, output_type="pt").images}
 
     train(
         accelerator,

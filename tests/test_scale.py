@@ -15,14 +15,19 @@ import torch.distributed as dist
 import training_process
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from processes import die_while_saving, run_group
+from safetensors.torch import load_file
 from shapes import CAPTIONS, write_shapes
 from test_data import epochs
-from test_examples import EXAMPLES, RESOLUTION, RQVAE, TEXT, TINY_RQVAE, TINY_TRANSFORMER
+from test_examples import CLASSES, EXAMPLES, RESOLUTION, RQVAE, TEXT, TINY_RQVAE, TINY_TRANSFORMER
 from tiny import C, D, H, W, tiny_codes, tiny_condition, tiny_transformer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from training_process import die_around_step, train_and_keep
+from training_process import die_around_step, set_environment, shard_on_cpus, train_and_keep
 
 from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.data import DataArguments, load_images, prepare_images
@@ -50,7 +55,8 @@ def command(tmp_path_factory):
     sizes = {"codebook_dim": 8, "codebook_size": 16, "depth": 2, "sample_size": RESOLUTION}
     RQVAEModel(**levels, **sizes, block_out_channels=(8, 8), norm_num_groups=4).save_pretrained(folder / "rqvae")
     prompts = ["--text_length", 6, "--validation_prompts", "a red circle"]
-    own = {RQVAE: TINY_RQVAE, TEXT: [*TINY_TRANSFORMER, *prompts, "--rqvae", folder / "rqvae"]}
+    transformer = [*TINY_TRANSFORMER, "--rqvae", folder / "rqvae"]
+    own = {RQVAE: TINY_RQVAE, TEXT: [*transformer, *prompts], CLASSES: [*transformer, "--validation_images", 2]}
     common = [
         *("--cpu", "--data_files", files, "--streaming", "--shuffle_buffer_size", 6, "--random_flip"),
         *("--train_batch_size", 4, "--lr_warmup_steps", 2, "--logging_steps", 1, "--report_to", "none"),
@@ -81,7 +87,7 @@ class TestKilled:
         return finished
 
     @both_stages
-    @pytest.mark.parametrize("world_size", [1, 2])
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_again_and_again_at_random_moments(self, script, world_size, command, unbroken, tmp_path):
         arguments = command(script, tmp_path, *self.STEPS, *LATEST)
         draw, kills, codes = random.Random(world_size), 0, None
@@ -186,17 +192,48 @@ class TestTwoRanksShareAStream:
             assert sorted(shares[0] + shares[1]) == sorted(expected)
 
 
+def launch_arguments(name):
+    """What `accelerate launch --config_file` makes of a configuration."""
+    parser = launch_command_parser()
+    return _validate_launch_command(parser.parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"]))[0]
+
+
 class TestAccelerateConfigurations:
     @pytest.mark.parametrize(
         ("name", "kind", "num_processes"),
         [
             ("single_gpu", DistributedType.NO, 1),
             ("ddp_8_gpus", DistributedType.MULTI_GPU, 8),
+            ("fsdp2_8_gpus", DistributedType.FSDP, 8),
+            ("deepspeed_zero2_8_gpus", DistributedType.DEEPSPEED, 8),
         ],
     )
     def test_loads(self, name, kind, num_processes):
         config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
         assert (config.distributed_type, config.num_processes, config.mixed_precision) == (kind, num_processes, "bf16")
+
+    def test_fsdp2_shards_by_block(self, monkeypatch):
+        for name, value in prepare_multi_gpu_env(launch_arguments("fsdp2_8_gpus")).items():
+            monkeypatch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        assert plugin.reshard_after_forward
+        assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+        assert not plugin.activation_checkpointing
+        assert not plugin.cpu_ram_efficient_loading
+        model = tiny_transformer()
+        is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
+        assert [m for m in model.modules() if is_unit(m)] == [m for m in model.modules() if isinstance(m, RQBlock)]
+
+    def test_deepspeed_shards_optimizer_states(self, monkeypatch):
+        arguments = launch_arguments("deepspeed_zero2_8_gpus")
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        for name, value in prepare_deepspeed_cmd_env(arguments)[1].items():
+            monkeypatch.setenv(name, value)
+        config = DeepSpeedPlugin().deepspeed_config
+        assert config["zero_optimization"]["stage"] == 2
+        assert config["gradient_accumulation_steps"] == "auto"  # the script's
+        assert config["gradient_clipping"] == 1.0
 
 
 def text_to_image_model():
@@ -244,3 +281,61 @@ def test_sharded_parameters_train_as_whole_ones(tmp_path):
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert sum(shares) == whole.num_parameters()
     assert max(shares) < 0.6 * sum(shares)
+
+
+@pytest.mark.parametrize("option", ["--num_processes=2", "--num-processes=2"])
+def test_processes_that_accelerate_does_not_start_are_missed(option, command, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", option, RQVAE]
+    done = subprocess.run([*launch, *command(RQVAE, tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert f"use torchrun --nproc_per_node 2 {RQVAE} --cpu" in done.stderr
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+class TestShardedByConfiguration:
+    """Stage 2 in two processes, by FSDP2 as `fsdp2_8_gpus.yaml` says."""
+
+    STEPS = ["--max_train_steps", 6, "--checkpointing_steps", 2, "--image_logging_steps", 3, "--ema_decay", 0.5]
+
+    @pytest.fixture
+    def shard(self):
+        environment = prepare_multi_gpu_env(launch_arguments("fsdp2_8_gpus"))
+        settings = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+        return functools.partial(shard_on_cpus, settings)
+
+    def test_is_refused_for_an_rqvae(self, shard, command, tmp_path):
+        for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, command(RQVAE, tmp_path, *self.STEPS), shard):
+            assert outcome.code != 0
+            assert "an RQ-VAE is trained with plain data parallelism" in outcome.output
+
+    def test_is_missed_on_a_cpu(self, command, tmp_path):
+        use = functools.partial(set_environment, {"ACCELERATE_USE_FSDP": "true"})
+        for outcome in run_group(2, train_and_keep, tmp_path, CLASSES, command(CLASSES, tmp_path, *self.STEPS), use):
+            assert outcome.code != 0
+            assert "which accelerate does on GPUs only" in outcome.output
+
+    def weights(self, folder, arguments, *before):
+        """Of the pipeline that the script saves."""
+        folder.mkdir(exist_ok=True)
+        for outcome in run_group(2, train_and_keep, folder, CLASSES, arguments, *before):
+            assert outcome.code == 0, outcome.output
+        return load_file(folder / "run" / "pipeline" / "transformer" / "model.safetensors")
+
+    def test_ends_with_the_weights_of_ddp(self, shard, command, tmp_path):
+        first = [*self.STEPS, "--max_train_steps", 1]
+        self.weights(tmp_path / "first", command(CLASSES, tmp_path / "first", *first))
+        further = [*self.STEPS, "--mixed_precision", "no", "--learning_rate", 0.01]
+        further += ["--transformer", tmp_path / "first" / "run" / "pipeline" / "transformer"]
+        whole = self.weights(tmp_path / "ddp", command(CLASSES, tmp_path / "ddp", *further))
+        sharded = self.weights(tmp_path / "fsdp", command(CLASSES, tmp_path / "fsdp", *further), shard)
+        torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-4)
+
+    def test_killed_ends_with_the_weights_of_an_unbroken_run(self, shard, command, tmp_path):
+        expected = self.weights(tmp_path / "unbroken", command(CLASSES, tmp_path / "unbroken", *self.STEPS), shard)
+        folder = tmp_path / "killed"
+        folder.mkdir()
+        arguments = command(CLASSES, folder, *self.STEPS, *LATEST)
+        run_group(2, train_and_keep, folder, CLASSES, arguments, shard, functools.partial(die_around_step, 4))
+        assert (folder / "run" / "checkpoint-2" / "pytorch_model_fsdp_0").exists()
+        actual = self.weights(folder, arguments, shard)
+        assert not [name for name in expected if not torch.equal(actual[name], expected[name])]

@@ -1,11 +1,13 @@
 """What the training scripts share: arguments, the loop with checkpoints and logs, and the average of the weights."""
 
+import functools
 import json
 import os
 import re
 import shutil
+import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -13,12 +15,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import set_seed
 from huggingface_hub import create_repo, upload_folder
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
@@ -146,6 +151,16 @@ class JSONLinesTracker(GeneralTracker):
             file.write(json.dumps(values) + "\n")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered from all ranks, which must all ask for it; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class WeightAverage:
     """
     Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other
@@ -156,7 +171,10 @@ class WeightAverage:
         self.model = model
         self.decay = decay
         self.step = 0
-        self.average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        self.average = {
+            n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in state.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
@@ -165,8 +183,8 @@ class WeightAverage:
         floating, current = [], []
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point():
-                floating.append(self.average[name])
-                current.append(tensor)
+                floating.append(local(self.average[name]))
+                current.append(local(tensor).float())
             else:
                 self.average[name].copy_(tensor)
         torch._foreach_lerp_(floating, current, weight)
@@ -182,18 +200,22 @@ class WeightAverage:
             self.model.load_state_dict(trained)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "average": self.average}
+        return {"step": self.step, "average": {name: whole(tensor) for name, tensor in self.average.items()}}
 
     def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
         for name, tensor in self.average.items():
-            tensor.copy_(state["average"][name])
+            saved = state["average"][name]
+            if isinstance(tensor, DTensor):
+                saved = distribute_tensor(saved.to(tensor.device), tensor.device_mesh, tensor.placements)
+            tensor.copy_(saved)
 
 
 def create_accelerator(args: OptimizationArguments) -> Accelerator:
     """Accelerator with the trackers of `args`; seeds all generators, differently on every rank.
 
-    Raises `ValueError` when a new run would write over the checkpoints of an old one.
+    Raises `ValueError` when a new run would write over the checkpoints of an old one, or when accelerate did not
+    start what it was asked for.
     """
     output_dir = Path(args.output_dir)
     checkpoints = list_checkpoints(output_dir)
@@ -213,14 +235,43 @@ def create_accelerator(args: OptimizationArguments) -> Accelerator:
             ) from error
         trackers.append("tensorboard")
     accelerator = Accelerator(
+        # Otherwise DDP reorders its buckets after the first step of a process, and the first step after a resume would
+        # sum the gradients of three and more ranks in another order than the unbroken run.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers,
         project_dir=output_dir,
     )
+    check_launch(accelerator)
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.mixed_precision_policy is not None:
+        # accelerate's own would round inputs, the sum of the gradients and the loss; casts are left to autocast.
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy(
+            fsdp.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     set_seed(args.seed, device_specific=True)
     return accelerator
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raises `ValueError` for what `accelerate launch` leaves out on a CPU without a word: processes and sharding."""
+    launcher = psutil.Process().parent()
+    command = launcher.cmdline() if launcher else []
+    if sys.argv[0] in command:
+        parser = ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+        asked = parser.parse_known_args(command[: command.index(sys.argv[0])])[0].num_processes
+        if asked > 1 and accelerator.num_processes == 1:
+            raise ValueError(
+                f"accelerate launch was asked for --num_processes {asked} and started one process, "
+                f"as it does on a CPU: use torchrun --nproc_per_node {asked} {sys.argv[0]} --cpu ..."
+            )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError("this configuration shards the model (FSDP), which accelerate does on GPUs only")
 
 
 def create_stream(
@@ -279,6 +330,8 @@ def train(
     optimizer = create_optimizer(model, args)
     scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "generate")  # for `make_images`
     average = WeightAverage(unprepared, args.ema_decay) if args.ema_decay else None
     accelerator.register_for_checkpointing(scheduler, *([average] if average else []))
     if adversary is not None:
@@ -335,6 +388,9 @@ def train(
     if average:
         unprepared.load_state_dict(average.average)
     unprepared.eval()
+    if isinstance(model, FSDPModule):
+        state = accelerator.get_state_dict(model)
+        unprepared.save_pretrained = functools.partial(unprepared.save_pretrained, state_dict=state)
 
 
 def check_finite(args: OptimizationArguments, step: int, **losses: torch.Tensor) -> None:
@@ -401,7 +457,7 @@ class Meter:
 
     def add(self, batch: dict, **values: torch.Tensor):
         for name, value in values.items():
-            self.values[name].append(torch.as_tensor(value).detach())
+            self.values[name].append(whole(torch.as_tensor(value).detach()))
         self.counts += torch.tensor([batch.get(name, 0) for name in self.counters])
         self.images += count_images(batch)
         self.seconds += time.perf_counter() - self.started

@@ -189,14 +189,15 @@ class TransformerLoss:
                 vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)
             temperature = self.args.soft_label_temperature if soft else None
             codes, residuals = self.vae.quantizer.get_codes(vectors, temperature)
-        output = model(
-            codes,
-            self.drop_conditions(batch.get("cond_ids")),
-            labels=None if soft else codes,
-            residuals=residuals if soft else None,
-            soft_label_temperature=self.args.soft_label_temperature,
-            return_logits=False,
-        )
+        with self.autocast():  # a sharded model does not bring its own
+            output = model(
+                codes,
+                self.drop_conditions(batch.get("cond_ids")),
+                labels=None if soft else codes,
+                residuals=residuals if soft else None,
+                soft_label_temperature=self.args.soft_label_temperature,
+                return_logits=False,
+            )
         metrics = {f"loss_depth_{d}": loss for d, loss in enumerate(output.depth_losses, start=1)}
         if output.cond_loss is not None:
             metrics["loss_text"] = output.cond_loss

@@ -286,7 +286,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         """Codewords `(B, t, D, C)` of the positions from `start` on -> inputs `(B, t, E)` of the spatial stack, from
         which the positions after them are predicted (section 3.2.2)."""
         position_embedding = self.spatial_position_embedding[start : start + codewords.shape[1]]
-        return self.code_projection(codewords).sum(dim=-2) + position_embedding
+        return self._project(self.code_projection, codewords).sum(dim=-2) + position_embedding
 
     def embed_depths(self, contexts: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack."""
@@ -294,7 +294,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         if codewords.shape[-2]:
             if self.config.cumulative_depth_inputs:
                 codewords = codewords.cumsum(dim=-2)
-            inputs = torch.cat([inputs, self.depth_projection(codewords)], dim=-2)
+            inputs = torch.cat([inputs, self._project(self.depth_projection, codewords)], dim=-2)
         return inputs + self.depth_position_embedding[: inputs.shape[-2]]
 
     def embed_depth(self, context: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
@@ -303,10 +303,15 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         if d == 0:
             inputs = context
         elif self.config.cumulative_depth_inputs:
-            inputs = self.depth_projection(codewords.sum(dim=1))
+            inputs = self._project(self.depth_projection, codewords.sum(dim=1))
         else:
-            inputs = self.depth_projection(codewords[:, -1])
+            inputs = self._project(self.depth_projection, codewords[:, -1])
         return (inputs + self.depth_position_embedding[d]).unsqueeze(1)
+
+    @staticmethod
+    def _project(projection: nn.Linear, codewords: torch.Tensor) -> torch.Tensor:
+        """Sharded training computes with parameters in low precision, but leaves the codebook as it is."""
+        return projection(codewords.to(projection.weight.dtype))
 
     def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
