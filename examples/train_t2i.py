@@ -19,12 +19,14 @@ Text goes through any tokenizer (--tokenizer), or through one trained on the cap
 --text_length tokens are cut on the right; how many were is logged.
 """
 
+import copy
 import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rq_hf import RQPipeline, RQVAEModel
@@ -60,9 +62,20 @@ class TextArguments:
     )
     tokenizer_vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of a tokenizer trained here."})
     tokenizer_captions: int = field(default=1_000_000, metadata={"help": "Captions a tokenizer is trained on."})
+    bpe_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the tokenizer's merges left out at random, so that words are seen in several spellings. "
+            "Drawn outside of --seed: runs differ, and a resumed one from the unbroken one."
+        },
+    )
     validation_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Prompts to draw every --image_logging_steps."}
     )
+
+    def __post_init__(self):
+        if not 0 <= self.bpe_dropout < 1:
+            raise ValueError(f"--bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
 
 
 def save_new_tokenizer(args: TextArguments, dataset, folder: Path) -> None:
@@ -78,6 +91,18 @@ def load_tokenizer(name: str | Path, text_length: int) -> PreTrainedTokenizerBas
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer {name} has no padding token, which stands for 'no text'")
     tokenizer.model_max_length = text_length
+    return tokenizer
+
+
+def with_bpe_dropout(tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedTokenizerBase:
+    """A copy that leaves out merges (Provilkov et al., 2020), for training alone; itself where `dropout` is 0."""
+    if not dropout:
+        return tokenizer
+    found = tokenizer.backend_tokenizer.model if tokenizer.is_fast else tokenizer
+    if not isinstance(found, BPE):
+        raise ValueError(f"--bpe_dropout needs a BPE tokenizer of the tokenizers library, got {type(found).__name__}")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.model.dropout = dropout
     return tokenizer
 
 
@@ -106,7 +131,13 @@ def main() -> None:
     if text.validation_prompts:
         pipeline.encode_prompt(text.validation_prompts)  # refuses prompts that are too long before the training
 
-    collate = create_collator(vae, args, data, text_column=text.text_column, tokenizer=tokenizer)
+    collate = create_collator(
+        vae,
+        args,
+        data,
+        text_column=text.text_column,
+        tokenizer=with_bpe_dropout(tokenizer, text.bpe_dropout),
+    )
 
     def samples() -> dict[str, torch.Tensor]:
         if not text.validation_prompts:

@@ -18,6 +18,9 @@ from processes import die_while_saving, run_group, run_script
 from safetensors.torch import load_file
 from shapes import CAPTIONS, SHAPES, create_shapes, draw_shape, write_parquet, write_shapes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from rq_hf import RQPipeline, RQVAEModel
 from rq_hf.data import to_pixels, train_tokenizer
@@ -363,6 +366,24 @@ def test_new_run_trains_a_new_tokenizer(command, tmp_path):
     finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0))
     tokenizer = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline").tokenizer
     assert len(tokenizer("a small red circle")["input_ids"]) == 4
+
+
+def test_bpe_dropout_lengthens_captions_in_training_only(command, tmp_path):
+    for dropout in (0, 0.9):
+        options = ["--bpe_dropout", dropout, "--max_train_steps", 1, "--image_logging_steps", 0]
+        finish(TEXT, command(TEXT, tmp_path / str(dropout), *options))
+    (whole,), (split,) = (logged(tmp_path / name) for name in ("0", "0.9"))
+    assert "truncated_captions" not in whole and split["truncated_captions"] > 0
+    tokenizer = RQPipeline.from_pretrained(tmp_path / "0.9" / "pipeline").tokenizer
+    assert [len(tokenizer("a small red circle")["input_ids"]) for _ in range(5)] == [4] * 5
+
+
+def test_bpe_dropout_needs_bpe(command, tmp_path):
+    words = Tokenizer(WordLevel({"[PAD]": 0, "circle": 1}, unk_token="[PAD]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "tokenizer")
+    options = ["--tokenizer", tmp_path / "tokenizer", "--bpe_dropout", 0.1]
+    outcome = start(TEXT, command(TEXT, tmp_path / "run", *options))
+    assert "--bpe_dropout needs a BPE tokenizer of the tokenizers library, got WordLevel" in outcome.output
 
 
 def test_refused_run_leaves_the_tokenizer_of_the_old_one(command, tmp_path):
