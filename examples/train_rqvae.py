@@ -1,7 +1,8 @@
 """Train an RQ-VAE (stage 1) on any image data set.
 
 One process:
-    accelerate launch examples/train_rqvae.py --dataset_name user/pictures --resolution 64 --output_dir runs/rqvae
+    accelerate launch examples/train_rqvae.py --dataset_name user/pictures --resolution 256 --output_dir runs/rqvae \\
+        --lpips_vgg vgg16-397923af.pth --lpips_heads vgg.pth
 Eight GPUs, bf16:
     accelerate launch --multi_gpu --num_processes 8 examples/train_rqvae.py --mixed_precision bf16 ...
 Two processes on a CPU:
@@ -11,13 +12,12 @@ Local files, read as a stream:
 Go on after an interruption:
     ... --resume_from_checkpoint latest
 
-The recipe of the paper, which needs the weights of VGG16 and of LPIPS as files or user/repository/file on the Hub:
-    ... --learning_rate 4e-5 --adam_beta1 0.5 --adam_beta2 0.9 --weight_decay 0 --discriminator_weight 0.75 \\
-        --perceptual_weight 1 --lpips_vgg vgg16.pth --lpips_heads lpips_vgg.pth
+Without perceptual and adversarial loss, fast and blurred:
+    ... --perceptual_weight 0 --discriminator_weight 0 --learning_rate 5e-4
 
 The finished model is OUTPUT_DIR/rqvae: RQVAEModel.from_pretrained("OUTPUT_DIR/rqvae").
-Reconstruction loss (L1 or squared error) and commitment loss, if asked for perceptual and adversarial loss; the
-codebook follows by moving average.
+Defaults are the paper's: squared error, commitment loss, LPIPS and a PatchGAN from the first step on; Adam, at a
+constant rate after a linear warm-up. LPIPS needs weights: files, or user/repository/file on the Hub.
 """
 
 import copy
@@ -41,6 +41,7 @@ from rq_hf.perceptual import LPIPS
 from rq_hf.training import (
     OptimizationArguments,
     create_accelerator,
+    create_scheduler,
     create_stream,
     flat_configuration,
     parse_arguments,
@@ -98,7 +99,7 @@ class LossArguments:
         default="mse", metadata={"help": "Squared error or L1.", "choices": ["mse", "l1"]}
     )
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight β of the commitment loss."})
-    perceptual_weight: float = field(default=0.0, metadata={"help": "Weight of LPIPS; the paper has 1."})
+    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 trains without."})
     lpips_vgg: str | None = field(
         default=None, metadata={"help": "Weights of VGG16 (ImageNet): a file, or user/repository/file on the Hub."}
     )
@@ -106,8 +107,8 @@ class LossArguments:
         default=None, metadata={"help": "Weights of LPIPS for VGG16, lin0 to lin4: a file, or likewise."}
     )
     discriminator_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the adversarial loss, besides its adaptive weight; the paper has 0.75."},
+        default=0.75,
+        metadata={"help": "Weight of the adversarial loss, besides its adaptive weight; 0 trains without."},
     )
     discriminator_loss: str = field(
         default="hinge", metadata={"help": "Loss of the discriminator.", "choices": ["hinge", "vanilla"]}
@@ -291,14 +292,23 @@ def create_adversary(args: LossArguments, optimization: OptimizationArguments, i
             "lr": optimization.learning_rate,
             "betas": (optimization.adam_beta1, optimization.adam_beta2),
         },
-        lr_warmup_steps=optimization.lr_warmup_steps,
-        max_train_steps=optimization.max_train_steps,
+        create_scheduler=functools.partial(create_scheduler, args=optimization),
     )
 
 
 def main() -> None:
     optimization, data, args, losses, validation = parse_arguments(
-        OptimizationArguments, DataArguments, RQVAEArguments, LossArguments, ValidationArguments, description=__doc__
+        OptimizationArguments,
+        DataArguments,
+        RQVAEArguments,
+        LossArguments,
+        ValidationArguments,
+        description=__doc__,
+        learning_rate=4e-5,
+        lr_scheduler="constant",
+        adam_beta1=0.5,
+        adam_beta2=0.9,
+        weight_decay=0.0,
     )
     accelerator = create_accelerator(optimization)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):

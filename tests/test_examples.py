@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rq_hf import RQPipeline, RQVAEModel
 from rq_hf.data import to_pixels, train_tokenizer
+from rq_hf.perceptual import LPIPS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RQVAE, TEXT, CLASSES = SCRIPTS = (
@@ -41,6 +42,7 @@ COMMON = [
 TINY_RQVAE = [
     *("--resolution", RESOLUTION, "--block_out_channels", 8, 8, 8, "--norm_num_groups", 4, "--layers_per_block", 1),
     *("--latent_channels", 8, "--codebook_dim", 8, "--codebook_size", 16, "--depth", DEPTH, "--dropout", 0.1),
+    *("--perceptual_weight", 0, "--discriminator_weight", 0),
 ]
 TINY_TRANSFORMER = ["--hidden_size", 16, "--spatial_layers", 1, "--depth_layers", 1, "--num_attention_heads", 2]
 OWN = {
@@ -350,6 +352,23 @@ def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
     assert not pipe.is_class_conditional
     assert draw(pipe).images[0].size == (RESOLUTION, RESOLUTION)
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir())[-1] == "samples-0000006.png"
+
+
+def test_defaults_of_stage_1_are_the_papers(command, tmp_path):
+    lpips = LPIPS()
+    torch.save({f"features.{n}": w for n, w in lpips.features.state_dict().items()}, tmp_path / "vgg16.pth")
+    torch.save({f"lin{i}.model.1.weight": h.weight.detach() for i, h in enumerate(lpips.heads)}, tmp_path / "vgg.pth")
+    arguments = command(RQVAE, tmp_path / "run", "--max_train_steps", 3)
+    at = arguments.index("--perceptual_weight")
+    files = ["--lpips_vgg", str(tmp_path / "vgg16.pth"), "--lpips_heads", str(tmp_path / "vgg.pth")]
+    finish(RQVAE, arguments[:at] + arguments[at + 4 :] + files)
+    for line in logged(tmp_path / "run"):
+        reconstruction = line["loss_reconstruction"] + line["loss_perceptual"]
+        adversarial = 0.75 * line["adaptive_weight"] * line["loss_generator"]
+        assert line["loss"] == pytest.approx(reconstruction + 0.25 * line["loss_commitment"] + adversarial, rel=1e-4)
+    assert line["learning_rate"] == 4e-5
+    optimizer = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.bin")["param_groups"]
+    assert {(group["betas"], group["weight_decay"]) for group in optimizer} == {((0.5, 0.9), 0.0)}
 
 
 def test_takes_a_tokenizer_from_a_folder(command, tmp_path):

@@ -1,5 +1,6 @@
 """Losses of stage 1 against recorded runs of the authors' implementation (see `golden.py`)."""
 
+import json
 import zlib
 
 import golden
@@ -8,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from rq_hf.adversarial import PatchDiscriminator, adaptive_weight, hinge_loss, vanilla_loss
 from rq_hf.metrics import frechet_distance
 from rq_hf.perceptual import LPIPS, TAPS
+from rq_hf.training import OptimizationArguments, WeightAverage, create_scheduler
 
 pytestmark = [golden.require("losses"), golden.require("metrics")]
 
@@ -117,3 +120,35 @@ def test_frechet_distance():
     for pair, atol in (("a_b", 1e-6), ("a_a", 1e-6), ("a_few", 1e-3), ("few_b", 1e-3)):
         features = [metrics[f"in/fid/features_{name}"] for name in pair.split("_")]
         assert abs(frechet_distance(*features) - metrics[f"out/fid/{pair}"].item()) < atol
+
+
+@pytest.mark.parametrize(
+    ("case", "lr_scheduler", "warmup_epochs"),
+    [("imagenet_stage1", "constant", 0.5), ("no_warmup_cosine", "cosine", 0)],
+)
+def test_learning_rates(case, lr_scheduler, warmup_epochs, tmp_path):
+    recorded = json.loads((golden.FOLDER / "losses" / "lr_schedules.json").read_text())[case]
+    args = OptimizationArguments(
+        output_dir=str(tmp_path),
+        max_train_steps=len(recorded["lr_used_at_step"]),
+        learning_rate=recorded["init_lr"],
+        lr_scheduler=lr_scheduler,
+        lr_warmup_steps=round(warmup_epochs * recorded["steps_per_epoch"]),
+    )
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=args.learning_rate)
+    scheduler = create_scheduler(optimizer, args)
+    for expected in recorded["lr_used_at_step"]:
+        assert scheduler.get_last_lr()[0] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_weight_average(io):
+    model = nn.Linear(3, 2)
+    model.load_state_dict(under(io, "in/model_ema/step0/"))
+    average = WeightAverage(model, decay=0.999)
+    for step, weights in ((0, 1), (1, 2), (20000, 3)):
+        model.load_state_dict(under(io, f"in/model_ema/step{weights}/"))
+        average.step = step
+        average.update()
+        close(average.average, under(io, f"out/model_ema/after_step{step}/"))

@@ -15,7 +15,7 @@ from rq_hf.perceptual import LPIPS, WIDTHS
 
 
 def make_adversary(**options):
-    options = {"max_train_steps": 100, "optimizer_kwargs": {"lr": 1e-2}} | options
+    options = {"optimizer_kwargs": {"lr": 1e-2}} | options
     adversary = Adversary(PatchDiscriminator(width=4, num_layers=1), **options)
     adversary.prepare(Accelerator(cpu=True))
     return adversary

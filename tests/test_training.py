@@ -140,7 +140,7 @@ class TestWeightAverage:
         model = nn.BatchNorm1d(3)
         average = WeightAverage(model, decay=0.2)
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        for decay in (2 / 11, 0.2, 0.2):  # (1 + step) / (10 + step) in the first step
+        for decay in (1 / 10, 2 / 11, 0.2, 0.2):  # (1 + step) / (10 + step) in the first steps
             for name, tensor in model.state_dict().items():
                 if name == "num_batches_tracked":
                     expected[name] = tensor.add_(1).clone()
@@ -156,7 +156,7 @@ class TestWeightAverage:
         average = WeightAverage(model, decay=0.999)
         nn.init.ones_(model.weight)
         distance = 1.0
-        for step in (1, 2, 3):
+        for step in (0, 1, 2):
             average.update()
             distance *= (1 + step) / (10 + step)
             assert average.average["weight"].item() == pytest.approx(1 - distance)

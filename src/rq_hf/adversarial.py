@@ -3,11 +3,15 @@
 Pixels are `(B, 3, height, width)` in [-1, 1]; the discriminator's logits `(B, 1, h, w)`, positive for "real".
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_constant_schedule
 
 
 class ActNorm(nn.Module):
@@ -103,7 +107,7 @@ class Adversary:
         max_adaptive_weight (`float`): bound of the adaptive weight, which grows without limit where the
             discriminator has nothing to say.
         optimizer_kwargs (`dict`): of Adam.
-        lr_warmup_steps, max_train_steps (`int`): of its learning rate, as of the RQ-VAE's.
+        create_scheduler (`Callable`): Adam -> the schedule of its learning rate.
     """
 
     def __init__(
@@ -115,8 +119,7 @@ class Adversary:
         warmup_steps: int = 0,
         max_adaptive_weight: float = 1e4,
         optimizer_kwargs: dict | None = None,
-        lr_warmup_steps: int = 0,
-        max_train_steps: int = 1,
+        create_scheduler: Callable[[Optimizer], LRScheduler] = get_constant_schedule,
     ):
         if loss not in ("hinge", "vanilla"):
             raise ValueError(f"loss must be 'hinge' or 'vanilla', got {loss!r}")
@@ -127,7 +130,7 @@ class Adversary:
         self.warmup_steps = warmup_steps
         self.max_adaptive_weight = max_adaptive_weight
         self.optimizer = torch.optim.Adam(discriminator.parameters(), **optimizer_kwargs or {})
-        self.scheduler = get_cosine_schedule_with_warmup(self.optimizer, lr_warmup_steps, max_train_steps)
+        self.scheduler = create_scheduler(self.optimizer)
         self.step = 0
 
     def prepare(self, accelerator: Accelerator) -> None:

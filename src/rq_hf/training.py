@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fs
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import HfArgumentParser, get_scheduler
 
 from .adversarial import Adversary
 from .data import DataArguments, TrainingStream, count_images, next_readable
@@ -44,7 +44,11 @@ class OptimizationArguments:
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up; a cosine to zero follows."})
+    lr_scheduler: str = field(
+        default="cosine",
+        metadata={"help": "After the warm-up: a cosine to zero, or no change.", "choices": ["cosine", "constant"]},
+    )
+    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's β₁."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's β₂."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay, applied to matrices only."})
@@ -117,10 +121,12 @@ class ManualPage(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if says_nothing else super()._get_help_string(action)
 
 
-def parse_arguments(*argument_classes: type, description: str) -> tuple:
-    """Command line -> one object per class. The help is a manual page: the description, then the options by group."""
+def parse_arguments(*argument_classes: type, description: str, **defaults) -> tuple:
+    """Command line -> one object per class, with a script's own `defaults`. The help is a manual page: the
+    description, then the options by group."""
     usage = "%(prog)s --output_dir FOLDER [options]"
     parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=ManualPage)
+    parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses()
 
 
@@ -164,7 +170,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 class WeightAverage:
     """
     Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other
-    tensors are copied. The decay warms up as (1 + step) / (10 + step).
+    tensors are copied. The decay warms up as (1 + step) / (10 + step), from step 0 on.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
@@ -178,8 +184,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        self.step += 1
         weight = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+        self.step += 1
         floating, current = [], []
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point():
@@ -301,6 +307,13 @@ def create_optimizer(model: torch.nn.Module, args: OptimizationArguments) -> tor
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2))
 
 
+def create_scheduler(
+    optimizer: torch.optim.Optimizer, args: OptimizationArguments
+) -> torch.optim.lr_scheduler.LRScheduler:
+    name = {"cosine": "cosine", "constant": "constant_with_warmup"}[args.lr_scheduler]
+    return get_scheduler(name, optimizer, args.lr_warmup_steps, args.max_train_steps)
+
+
 def train(
     accelerator: Accelerator,
     args: OptimizationArguments,
@@ -328,7 +341,7 @@ def train(
     """
     unprepared = model
     optimizer = create_optimizer(model, args)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, args.lr_warmup_steps, args.max_train_steps)
+    scheduler = create_scheduler(optimizer, args)
     model, optimizer = accelerator.prepare(model, optimizer)
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "generate")  # for `make_images`
