@@ -3,12 +3,14 @@ Does residual quantization hold what the paper promises? Its claim in small, on 
 
     python benchmarks/rate_distortion.py --data_files 'cifar10/train-*.parquet' --output_dir runs/rate-distortion
 
-One encoder and decoder, 32×32 pictures as 4×4 maps, equal epochs. K = 512 codewords at depth D = 1, 2, 4, 8; D = 1
-with ever more codewords; and D = 4 with quantizer dropout, of which the first codes alone are decoded, too. The last
-10,000 pictures are for validation. Every finished run leaves a folder with its results and is not repeated.
+One encoder and decoder, 32×32 pictures as 8×8 maps, equal epochs. K = 512 codewords at depth D = 1, 2, 4, 8; D = 1
+with ever more codewords; D = 4 with a codebook per depth; and D = 4 with quantizer dropout, of which the first codes
+alone are decoded, too. The last 10,000 pictures are for validation. Every finished run leaves a folder with its results
+and is not repeated.
 
 Distortion is PSNR, and the Fréchet distance between features of the pictures and of their reconstructions: the 128
-pooled features of a small convolutional network, trained here to tell the ten classes.
+pooled features of a small convolutional network, trained here to tell the ten classes. The plot needs matplotlib
+(`pip install 'rq_hf[benchmarks]'`).
 """
 
 import argparse
@@ -35,7 +37,7 @@ RUNS = {  # name: arguments of the model
     "D=8 K=512": {"depth": 8, "codebook_size": 512},
     "D=1 K=4096": {"depth": 1, "codebook_size": 4096},
     "D=1 K=32768": {"depth": 1, "codebook_size": 32768},
-    "D=1 K=131072": {"depth": 1, "codebook_size": 131072},
+    "D=4 K=512 per depth": {"depth": 4, "codebook_size": 512, "shared_codebook": False},
     "D=4 K=512 quantizer dropout": {"depth": 4, "codebook_size": 512, "quantizer_dropout": 1.0},
 }
 
@@ -126,7 +128,7 @@ def feature_network(path: Path, train, validation) -> FeatureNetwork:
 
 
 def create_model(**overrides) -> RQVAEModel:
-    widths = (16, 32, 64, 128)
+    widths = (16, 32, 64)
     return RQVAEModel(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -169,12 +171,38 @@ def evaluate(model: RQVAEModel, network: FeatureNetwork, pictures: torch.Tensor)
     }
 
 
+def plot(results: list[dict], positions: int, path: Path) -> None:
+    """PSNR and Fréchet distance over the bits of a picture's code map."""
+    import matplotlib.pyplot as plt
+
+    found = {result["name"]: result for result in results}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    curves = {
+        "D = 1, 2, 4, 8 codes of 512": [found[f"D={depth} K=512"] for depth in (1, 2, 4, 8)],
+        "1 code of 512, 4096, 32768": [found[f"D=1 K={size}"] for size in (512, 4096, 32768)],
+    }
+    for axis, measure in zip(axes, ("psnr", "frechet_distance")):
+        for label, runs in curves.items():
+            bits = [positions * run["depth"] * math.log2(run["codebook_size"]) for run in runs]
+            axis.plot(bits, [run[measure][-1] for run in runs], "o-", label=label)
+        dropout = found["D=4 K=512 quantizer dropout"]
+        bits = [positions * d * math.log2(dropout["codebook_size"]) for d in range(1, dropout["depth"] + 1)]
+        axis.plot(bits, dropout[measure], "x--", label="first codes of one model with quantizer dropout")
+        axis.set_xlabel("bits per picture")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("PSNR (dB)")
+    axes[1].set_ylabel("Fréchet distance")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_files", required=True, help="parquet files with the columns img and label")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"of {list(RUNS)}")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--plot", type=Path, help="PNG file to plot to, when all runs are finished")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
@@ -183,6 +211,7 @@ def main() -> None:
     pictures, labels = load_pixels(args.data_files)
     train, validation = (pictures[:-VALIDATION], labels[:-VALIDATION]), (pictures[-VALIDATION:], labels[-VALIDATION:])
     network = feature_network(args.output_dir / "features.pt", train, validation)
+    finished = []
     for name in args.runs:
         overrides = RUNS[name]
         folder = args.output_dir / name.replace(" ", "-")
@@ -195,7 +224,10 @@ def main() -> None:
             results = {"name": name, **overrides, "epochs": args.epochs, "seconds": seconds}
             results |= evaluate(model, network, validation[0])
             (folder / "results.json").write_text(json.dumps(results, indent=2))
-        print(json.loads((folder / "results.json").read_text()), flush=True)
+        finished.append(json.loads((folder / "results.json").read_text()))
+        print(finished[-1], flush=True)
+    if args.plot:
+        plot(finished, positions=8 * 8, path=args.plot)
 
 
 if __name__ == "__main__":
