@@ -5,8 +5,8 @@ Does residual quantization hold what the paper promises? Its claim in small, on 
 
 One encoder and decoder, 32×32 pictures as 8×8 maps, equal epochs. K = 512 codewords at depth D = 1, 2, 4, 8; D = 1
 with ever more codewords; D = 4 with a codebook per depth; and D = 4 with quantizer dropout, of which the first codes
-alone are decoded, too. The last 10,000 pictures are for validation. Every finished run leaves a folder with its results
-and is not repeated.
+alone are decoded, too. The last 10,000 pictures are for validation. Every finished run leaves a folder with its
+results and is not repeated.
 
 Distortion is PSNR, and the Fréchet distance between features of the pictures and of their reconstructions: the 128
 pooled features of a small convolutional network, trained here to tell the ten classes. The plot needs matplotlib

@@ -6,7 +6,7 @@ from tiny import KINDS, STACK, D, H, K, L, T, W, tiny_codes, tiny_condition, tin
 from transformers import GenerationConfig
 
 from rq_hf import RQTransformerModel
-from rq_hf.models.generation_rqtransformer import filter_logits, sample_codes
+from rq_hf.models.sampling import draw_codes, filter_logits, mass_before
 
 GREEDY = {"do_sample": False}
 
@@ -198,15 +198,195 @@ def test_filter_by_hand(top_k, top_p, kept):
     assert kept_here == kept
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 8, 1.0), (0.5, 5, 1.0), (2.0, 8, 0.7), (1.3, 5, 0.8)])
-def test_sampled_frequencies_are_the_filtered_probabilities(generator, temperature, top_k, top_p):
-    logits = torch.randn(8)
-    support = brute_force_filter((logits / temperature).tolist(), top_k, top_p)
-    probabilities = torch.tensor([math.exp(logits[k] / temperature) if k in support else 0.0 for k in range(8)])
-    codes = sample_codes(logits.expand(20_000, 8), True, temperature, top_k, top_p, generator)
-    counts = torch.bincount(codes, minlength=8)
-    assert set(counts.nonzero().flatten().tolist()) == support
-    assert chi_square(counts, probabilities / probabilities.sum()) < 30
+def draw(logits, top_k, top_p, generator):
+    def uniform(rows):
+        return torch.rand(len(rows), generator=generator, dtype=torch.float64)
+
+    return draw_codes(logits, top_k, top_p, uniform(logits), uniform)
+
+
+@pytest.mark.parametrize("top_k", [3, 5, 12])
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6, 0.9, 1.0])
+def test_drawn_codes_have_the_frequencies_of_the_filtered_probabilities(generator, top_k, top_p):
+    logits = torch.randn(12).sort().values[torch.randperm(12)]
+    probabilities = filter_logits(logits[None], top_k, top_p)[0].softmax(dim=-1)
+    counts = torch.bincount(draw(logits.expand(50_000, 12), top_k, top_p, generator), minlength=12)
+    assert torch.equal(counts > 0, probabilities > 0)
+    assert chi_square(counts, probabilities) < 40  # at most 11 degrees of freedom
+
+
+@pytest.mark.parametrize("top_p", [0.45, 0.7, 0.92])
+def test_the_nucleus_of_a_large_codebook_is_exact(generator, top_p):
+    logits = (3 * torch.randn(5, 4096)).round(decimals=1)  # with ties
+    kept = filter_logits(logits, 2048, top_p) > -math.inf
+    rows = torch.arange(5).repeat(4000)
+    codes = draw(logits[rows], 2048, top_p, generator)
+    assert kept[rows, codes].all()
+    probabilities = filter_logits(logits, 2048, 1.0).softmax(dim=-1)
+    for code in range(0, 4096, 7):
+        inside = mass_before(probabilities, torch.full((5,), code)) < top_p
+        assert torch.equal(inside & (probabilities[:, code] > 0), kept[:, code])
+
+
+@pytest.mark.parametrize("uniform, code", [(0.0, 1), (0.2, 1), (0.3, 3), (1 - 2**-53, 3)])
+def test_codes_without_mass_are_never_drawn(uniform, code):
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
+    assert draw_codes(logits, 5, 1.0, torch.tensor([uniform], dtype=torch.float64), None).item() == code
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [GREEDY, {}, {"top_k": 3}, {"top_p": 0.9}, {"top_p": 0.1}])
+def test_logits_that_are_no_numbers_are_an_error(value, settings):
+    model = tiny_transformer()
+    torch.nn.init.constant_(model.classifier.bias, value)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.generate(num_images=2, **settings)
+
+
+class TestGeneratorPerImage:
+    SETTINGS = {"top_k": 15, "top_p": 0.8, "temperature": 1.3}
+
+    @kinds
+    def test_codes_depend_on_condition_and_seed_alone(self, kind):
+        model, ids, seeds = tiny_transformer(kind), tiny_condition(kind, 6), [7, 3, 7, 0, 5, 2**40]
+        if ids is not None:
+            ids[2] = ids[0]
+        whole = model.generate(ids, num_images=6, generator=seeds, **self.SETTINGS)
+        for rows in ([0], [1, 2, 3], [5, 4], [4, 0, 1]):
+            part = None if ids is None else ids[rows]
+            codes = model.generate(part, num_images=len(rows), generator=[seeds[i] for i in rows], **self.SETTINGS)
+            assert torch.equal(codes, whole[rows])
+        assert torch.equal(whole[0], whole[2])
+        assert not torch.equal(whole[0], whole[1])
+
+    def test_a_seed_stands_for_a_generator(self):
+        model = tiny_transformer()
+        codes = model.generate(generator=[seeded_generator(4), seeded_generator(5)], num_images=2, **self.SETTINGS)
+        assert torch.equal(codes, model.generate(generator=[4, 5], num_images=2, **self.SETTINGS))
+
+    def test_one_generator_for_two_images_is_an_error(self):
+        with pytest.raises(ValueError, match="a generator of its own"):
+            tiny_transformer().generate(num_images=2, generator=[seeded_generator()] * 2)
+
+
+class TestKeptDepths:
+    @kinds
+    @pytest.mark.parametrize("keep_depth", range(1, D))
+    @pytest.mark.parametrize("start", [0, 3])
+    def test_the_first_codes_stay_and_the_others_are_as_likely_as_the_model_says(self, kind, keep_depth, start):
+        model, ids, given = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+        codes = model.generate(ids, prefix_codes=given, start=start, keep_depth=keep_depth, **GREEDY)
+        assert torch.equal(codes[..., :keep_depth], given[..., :keep_depth])
+        assert torch.equal(codes.flatten(1, 2)[:, :start], given.flatten(1, 2)[:, :start])
+        most_likely = model(codes, ids).logits.argmax(dim=-1)
+        assert torch.equal(
+            codes.flatten(1, 2)[:, start:, keep_depth:], most_likely.flatten(1, 2)[:, start:, keep_depth:]
+        )
+
+    def test_survive_what_on_position_returns(self):
+        model, given = tiny_transformer(), tiny_codes()
+
+        def change_the_first(position, codes):
+            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K if position == 2 else codes[:, 0, 0]
+            return codes
+
+        codes = model.generate(prefix_codes=given, keep_depth=2, on_position=change_the_first, **GREEDY)
+        assert torch.equal(codes.flatten(1, 2)[:, 3:, :2], given.flatten(1, 2)[:, 3:, :2])
+        most_likely = model(codes).logits.argmax(dim=-1)
+        assert torch.equal(codes.flatten(1, 2)[:, 3:, 2:], most_likely.flatten(1, 2)[:, 3:, 2:])
+
+
+class TestGuidance:
+    def teacher_forced(self, model, codes, ids, negative_ids, scales):
+        conditional, null = model(codes, ids).logits, model(codes, negative_ids).logits
+        return null + scales * (conditional - null)
+
+    @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+    def test_schedules_grow_over_the_positions(self, schedule):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        codes = model.generate(ids, guidance_scale=3.0, guidance_schedule=schedule, **GREEDY)
+        progress = torch.linspace(0, 1, T).view(1, H, W, 1, 1)
+        share = {"constant": 1.0, "linear": progress, "cosine": (1 - torch.cos(math.pi * progress)) / 2}[schedule]
+        null = torch.full_like(ids, model.config.null_cond_id)
+        logits = self.teacher_forced(model, codes, ids, null, 1 + 2.0 * share)
+        assert torch.equal(codes, logits.argmax(dim=-1))
+
+    def test_scale_per_depth(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        codes = model.generate(ids, guidance_scale=[1.0, 4.0, 2.0, 1.0], **GREEDY)
+        null = torch.full_like(ids, model.config.null_cond_id)
+        logits = self.teacher_forced(model, codes, ids, null, torch.tensor([1.0, 4.0, 2.0, 1.0])[:, None])
+        assert torch.equal(codes, logits.argmax(dim=-1))
+
+    def test_away_from_another_condition(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        away = (ids + 1) % 3
+        codes = model.generate(ids, guidance_scale=2.5, negative_cond_ids=away, **GREEDY)
+        assert torch.equal(codes, self.teacher_forced(model, codes, ids, away, 2.5).argmax(dim=-1))
+        assert not torch.equal(codes, model.generate(ids, guidance_scale=2.5, **GREEDY))
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"guidance_schedule": "linear"}, "guidance_schedule needs a guidance_scale other than 1"),
+            ({"negative_cond_ids": torch.tensor([1])}, "negative_cond_ids needs a guidance_scale other than 1"),
+            ({"guidance_scale": 2.0, "guidance_schedule": "steep"}, "guidance_schedule must be one of .* got 'steep'"),
+            ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([1, 2])}, r"shape \(1, 1\)"),
+            ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([99])}, "cond_ids must lie in"),
+            ({"guidance_scale": [2.0, 1.0]}, "one per depth"),
+        ],
+    )
+    def test_bad_arguments_are_errors(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_transformer("class").generate(torch.tensor([0]), **arguments)
+
+
+@kinds
+def test_images_of_one_condition_share_its_prefix(kind):
+    model, ids = tiny_transformer(kind), tiny_condition(kind, 2)
+    ids = None if ids is None else ids.repeat_interleave(3, dim=0)[torch.tensor([0, 3, 1, 4, 2, 5])]
+    rows = []
+    model.spatial_stack.register_forward_pre_hook(lambda stack, args: rows.append(len(args[0])))
+    codes = model.generate(ids, num_images=6, **GREEDY)
+    assert rows == [1 if ids is None else 2] + [6] * (T - 1)
+    assert torch.equal(codes, model(codes, ids).logits.argmax(dim=-1))
+
+
+class TestPackedWeights:
+    @kinds
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shared_classifier", [True, False])
+    def test_leave_codes_and_logits_as_they_are(self, kind, dtype, shared_classifier):
+        model = tiny_transformer(kind, shared_classifier=shared_classifier).to(dtype)
+        ids, codes = tiny_condition(kind), tiny_codes()
+        expected, logits = model.generate(ids, num_images=2, **GREEDY), model(codes, ids).logits
+        model.pack_weights()
+        torch.testing.assert_close(model(codes, ids).logits, logits)
+        if dtype == torch.float32:
+            assert torch.equal(model.generate(ids, num_images=2, **GREEDY), expected)
+
+    def test_are_saved_as_they_were(self, tmp_path):
+        model = tiny_transformer("text")
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        model.pack_weights()
+        model.pack_weights()
+        model.save_pretrained(tmp_path)
+        loaded = RQTransformerModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded.state_dict(), weights, rtol=0, atol=0)
+
+    def test_cannot_be_moved_cast_or_trained(self):
+        model = tiny_transformer()
+        model.pack_weights()
+        model.to("cpu").eval()
+        for move in (lambda: model.to("meta"), model.bfloat16):
+            with pytest.raises(ValueError, match="packed weights stay on the CPU in torch.float32"):
+                move()
+        with pytest.raises(ValueError, match="packed weights has no loss"):
+            model(tiny_codes(), labels=tiny_codes())
+
+    def test_need_float32_or_bfloat16(self):
+        with pytest.raises(ValueError, match="in float32 or bfloat16; this model is on cpu in torch.float16"):
+            tiny_transformer().half().pack_weights()
 
 
 def test_on_position_sees_every_position_in_raster_order():
@@ -356,16 +536,20 @@ def test_unknown_argument_is_an_error():
         ({"top_p": [0.5]}, ValueError, rf"top_p must be .* one per depth \({D}\), got 1"),
         ({"guidance_scale": 2.0}, ValueError, "null condition"),
         ({"guidance_scale": math.nan}, ValueError, "guidance_scale must be finite"),
-        ({"start": 1}, ValueError, "belong together, got no prefix_codes and start=1"),
-        ({"prefix_codes": tiny_codes(1)}, ValueError, "belong together, got prefix_codes and start=0"),
+        ({"start": 1}, ValueError, "got no prefix_codes, start=1, keep_depth=0"),
+        (
+            {"prefix_codes": tiny_codes(1)},
+            ValueError,
+            "got prefix_codes, start=0, keep_depth=0",
+        ),
         ({"prefix_codes": tiny_codes(1), "start": -1}, ValueError, rf"start must lie in \[0, {T}\].*got -1"),
         ({"prefix_codes": tiny_codes(1), "start": T + 1}, ValueError, rf"start must lie in \[0, {T}\].*got {T + 1}"),
         ({"prefix_codes": tiny_codes(1) + K, "start": 1}, ValueError, rf"codes must lie in \[0, {K}\)"),
         ({"prefix_codes": tiny_codes(1, (W, H, D)), "start": 1}, ValueError, "codes must have the shape"),
         ({"prefix_codes": tiny_codes(2), "start": 1, "num_images": 3}, ValueError, "different batch size"),
         ({"num_images": 0}, ValueError, "at least 1 image"),
-        ({"generator": 0}, TypeError, "one torch.Generator, got int"),
-        ({"generator": [torch.Generator()]}, TypeError, "one torch.Generator, got list"),
+        ({"generator": 0}, TypeError, "a torch.Generator, or a list of them or of seeds, got 0"),
+        ({"generator": [0, 1]}, ValueError, "one generator per image needed, got 2 for 1 images"),
     ],
 )
 def test_bad_arguments_are_errors(arguments, error, message):

@@ -16,8 +16,9 @@ from rq_hf import convert_original_checkpoint
 from rq_hf.convert.tokenizer import convert_tokenizer
 from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
 from rq_hf.images import to_pixels
-from rq_hf.models.generation_rqtransformer import filter_logits
+from rq_hf.models import sampling
 from rq_hf.models.quantizer import codebook_health, count_codes
+from rq_hf.models.sampling import filter_logits
 
 CODEBOOK_STATE = {"weight": "codebook", "cluster_size_ema": "cluster_size", "embed_ema": "cluster_sum"}
 
@@ -306,7 +307,14 @@ def test_greedy_completions(case):
 
 
 @golden.cases("stage2")
-def test_seeded_samples(case):
+def test_seeded_samples(case, monkeypatch):
+    """With their draw, which takes other random numbers than ours: `multinomial` of what top-k and top-p leave."""
+
+    def draw_as_they_do(logits, top_k, top_p, uniform, draw_uniform):
+        return filter_logits(logits, top_k, top_p).softmax(dim=-1).multinomial(1).squeeze(-1)
+
+    monkeypatch.setattr(sampling, "draw_codes", draw_as_they_do)
+    monkeypatch.setattr(sampling.CodeSampler, "_uniform", lambda self, images, shape: torch.zeros(len(images), *shape))
     transformer, io = golden.converted_pipeline(case).transformer, golden.recorded("stage2", case)
     settings = dict(golden.MANIFEST["stage2"][case]["seeded_sampling"])
     torch.manual_seed(settings.pop("seed"))

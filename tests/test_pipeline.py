@@ -197,7 +197,7 @@ BAD_CALLS = [
     ("none", {"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
     ("none", {"guidance_scale": 2.0}, ValueError, "null condition"),
     ("none", {"start": T + 1}, ValueError, "start must lie in"),
-    ("none", {"prefix_codes": tiny_codes(1)}, ValueError, "belong together"),
+    ("none", {"prefix_codes": tiny_codes(1)}, ValueError, "prefix_codes go with start > 0 or keep_depth > 0"),
     ("none", {"generator": [torch.Generator()]}, TypeError, "one torch.Generator"),
     ("class", {"class_labels": 0, "prefix_codes": tiny_codes(2), "start": 1}, ValueError, "different batch size"),
     ("none", {"callback_on_step_end_tensor_inputs": ["latents"]}, ValueError, r"among \['codes'\], got \['latents'\]"),

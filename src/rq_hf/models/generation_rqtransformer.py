@@ -12,8 +12,16 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
 from .quantizer import embed_codes
+from .sampling import CodeSampler, Generators, check_generator
 
 PerDepth = float | Sequence[float]
+
+# Share of the guidance at the progress in [0, 1] over the positions.
+GUIDANCE_SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
 
 
 class StaticKeyValueCache:
@@ -21,7 +29,8 @@ class StaticKeyValueCache:
     Keys and values of one stack, allocated once for `max_length` positions and filled in place.
 
     `update` returns views of what has been filled. A pass starts either from an empty cache, where causal attention is
-    right, or with one new position, which sees everything before it: no mask is ever needed.
+    right, or with one new position, which sees everything before it: no mask is ever needed. It may be filled for the
+    first rows of the batch only, which `expand` then copies to all.
     """
 
     def __init__(self, config, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
@@ -34,10 +43,15 @@ class StaticKeyValueCache:
         """Appends keys and values `(B, heads, t, dim)` of a layer and returns all of its `(B, heads, length, dim)`."""
         start, end = self.lengths[layer_idx], self.lengths[layer_idx] + key.shape[2]
         self.lengths[layer_idx] = end
-        keys, values = self.storage[layer_idx]
+        keys, values = self.storage[layer_idx, :, : len(key)]
         keys[:, :, start:end] = key
         values[:, :, start:end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` is."""
+        filled = self.storage[..., : self.lengths[0], :]
+        filled.copy_(filled[:, :, rows])
 
     def reset(self) -> None:
         self.lengths = [0] * len(self.lengths)
@@ -55,12 +69,15 @@ class RQGenerationMixin(GenerationMixin):
         prefix_codes: torch.Tensor | None = None,
         start: int = 0,
         generation_config: GenerationConfig | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         do_sample: bool | None = None,
         temperature: PerDepth | None = None,
         top_k: int | Sequence[int] | None = None,
         top_p: PerDepth | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: PerDepth | None = None,
+        guidance_schedule: str = "constant",
+        negative_cond_ids: torch.Tensor | None = None,
+        keep_depth: int = 0,
         on_position: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         r"""
@@ -71,16 +88,24 @@ class RQGenerationMixin(GenerationMixin):
         Args:
             cond_ids (`torch.Tensor` of shape `(B, L)`, or `(B,)` when L = 1, int64): one condition per image.
             num_images (`int`): B of an unconditional model (default 1).
-            prefix_codes (`torch.Tensor` of shape `(B, H, W, D)`): codes kept at all positions before `start`.
+            prefix_codes (`torch.Tensor` of shape `(B, H, W, D)`): codes of given images. Kept are all at the positions
+                before `start`, and the first `keep_depth` of every position.
             start (`int`): raster index of the first position that is drawn, in [0, H·W].
-            generator (`torch.Generator`): source of randomness, on the model's device.
+            keep_depth (`int`): at every position only the codes after the first so many are drawn, in [0, D):
+                variations of an image.
+            generator (`torch.Generator`, or a list of them or of seeds): source of randomness of the batch; or one per
+                image, whose codes then do not depend on what else is in the batch (up to rounding of the logits).
             do_sample (`bool`): `False` takes the most likely code each time.
             temperature (`float`, or one per depth): divides the logits; greater than 0.
             top_k (`int`, or one per depth): only the k most likely codes; at least 1. K switches it off.
             top_p (`float`, or one per depth): only the most likely codes whose preceding mass is below p, in (0, 1];
                 computed after top-k. 1 switches it off.
-            guidance_scale (`float`): classifier-free guidance with scale s: logits = null + s·(conditional − null);
-                needs `config.null_cond_id`. 1 switches it off.
+            guidance_scale (`float`, or one per depth): classifier-free guidance with scale s: logits = null +
+                s·(conditional − null); needs `config.null_cond_id` or `negative_cond_ids`. 1 switches it off.
+            guidance_schedule (`str`): s − 1 over the positions: `"constant"`, or growing from 0 to its value,
+                `"linear"` or like half a `"cosine"`.
+            negative_cond_ids (`torch.Tensor` of shape `(B, L)`, int64): what guidance leads away from, instead of
+                the null condition.
             on_position (`Callable`): called with (raster index, codes `(B, H, W, D)`) after every position; the
                 codes it returns, if any, are continued from. Positions that are still to be drawn hold 0.
 
@@ -100,58 +125,73 @@ class RQGenerationMixin(GenerationMixin):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
-        self._check_generator(generator)
+        self._check_guidance(settings["guidance_scale"], guidance_schedule, negative_cond_ids)
         batch_size = self._resolve_batch_size(cond_ids, num_images, prefix_codes)
+        check_generator(generator, batch_size)
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size).to(self.device)
-        codes = self._prepare_codes(prefix_codes, start, batch_size)  # (B, T, D)
-        guided = settings["guidance_scale"] != 1.0
+        codes = self._prepare_codes(prefix_codes, start, keep_depth, batch_size)  # (B, T, D)
+        guided = any(scale != 1.0 for scale in settings["guidance_scale"])
         if guided:
-            cond_ids = torch.cat([cond_ids, torch.full_like(cond_ids, self.config.null_cond_id)])
+            cond_ids = torch.cat([cond_ids, self._negative(negative_cond_ids, cond_ids)])
+        sampler = CodeSampler(
+            generator,
+            (batch_size, num_positions - start, depth),
+            **{name: settings[name] for name in ("do_sample", "temperature", "top_k", "top_p")},
+            device=self.device,
+        )
 
         cache_kwargs = {"batch_size": len(cond_ids), "device": self.device, "dtype": self._activation_dtype()}
-        cond_length = self.config.cond_length
-        spatial_cache = StaticKeyValueCache(
-            self.config.spatial_config, max_length=cond_length + num_positions, **cache_kwargs
-        )
+        max_length = self.config.cond_length + num_positions
+        spatial_cache = StaticKeyValueCache(self.config.spatial_config, max_length=max_length, **cache_kwargs)
         depth_cache = StaticKeyValueCache(self.config.depth_config, max_length=depth, **cache_kwargs)
 
         def embed(codes):  # once more for the unconditional half
             codewords = embed_codes(codes, self.codebook)
             return torch.cat([codewords, codewords]) if guided else codewords
 
-        def prefix(length):  # inputs for the condition and the first positions, (B, L + length, E)
-            return torch.cat([self.embed_condition(cond_ids), self.embed_positions(embed(codes[:, :length]))], dim=1)
+        def read_prefix(length):  # context (B, E) after the condition and the first positions
+            spatial_cache.reset()
+            if length == 0:  # images of one condition share it
+                distinct, rows = cond_ids.unique(dim=0, return_inverse=True)
+                contexts = self.spatial_stack(self.embed_condition(distinct), spatial_cache)
+                spatial_cache.expand(rows)
+                return contexts[rows, -1]
+            positions = self.embed_positions(embed(codes[:, :length]))
+            inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L + length, E)
+            return self.spatial_stack(inputs, spatial_cache)[:, -1]
 
-        inputs = prefix(start)
-
+        continues = False  # from the codes that were drawn last
         for position in range(start, num_positions):
-            context = self.spatial_stack(inputs, spatial_cache)[:, -1]  # (B, E)
+            if not continues:
+                context = read_prefix(position)
+            else:
+                newest = embed(codes[:, position - 1 : position])
+                context = self.spatial_stack(self.embed_positions(newest, position - 1), spatial_cache)[:, -1]
             depth_cache.reset()
-            for d in range(depth):
-                depth_input = self.embed_depth(context, embed(codes[:, position, :d]))  # (B, 1, E)
-                hidden_states = self.depth_stack(depth_input, depth_cache)
+            for d in range(keep_depth, depth):
+                codewords = embed(codes[:, position, :d])
+                if d == keep_depth:
+                    depth_input = self.embed_depths(context, codewords)  # (B, 1 + d, E)
+                else:
+                    depth_input = self.embed_depth(context, codewords)  # (B, 1, E)
+                hidden_states = self.depth_stack(depth_input, depth_cache)[:, -1:]
                 logits = self.classifier(hidden_states, first_depth=d)[:, 0].float()  # (B, K)
                 if guided:
                     conditional, null = logits.chunk(2)
-                    logits = null + settings["guidance_scale"] * (conditional - null)
-                codes[:, position, d] = sample_codes(
-                    logits,
-                    settings["do_sample"],
-                    settings["temperature"][d],
-                    settings["top_k"][d],
-                    settings["top_p"][d],
-                    generator,
-                )
-            inputs = self.embed_positions(embed(codes[:, position : position + 1]), start=position)  # (B, 1, E)
+                    progress = GUIDANCE_SCHEDULES[guidance_schedule](position / max(1, num_positions - 1))
+                    scale = 1 + (settings["guidance_scale"][d] - 1) * progress
+                    logits = null + scale * (conditional - null)
+                codes[:, position, d] = sampler.draw(logits, position - start, d)
+            continues = True
             if on_position is not None:
                 codes_map = codes.view(batch_size, height, width, depth)
                 replaced = on_position(position, codes_map.clone())
                 if replaced is not None and not torch.equal(replaced, codes_map):
                     if len(replaced) != batch_size:
                         raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
-                    codes = self._prepare_codes(replaced, position + 1, batch_size)
-                    spatial_cache.reset()
-                    inputs = prefix(position + 1)
+                    codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
+                    continues = False
+        sampler.check()
         return codes.view(batch_size, height, width, depth)
 
     def _resolve_settings(self, generation_config: GenerationConfig | None, **given) -> dict:
@@ -164,7 +204,7 @@ class RQGenerationMixin(GenerationMixin):
             settings[name] = default if value is None else value
 
         depth, codebook_size = self.config.code_shape[-1], self.config.codebook_size
-        for name in ("temperature", "top_k", "top_p"):
+        for name in ("temperature", "top_k", "top_p", "guidance_scale"):
             value = settings[name]
             values = list(value) if isinstance(value, Sequence) else [value] * depth
             if len(values) != depth:
@@ -179,22 +219,28 @@ class RQGenerationMixin(GenerationMixin):
         settings["top_k"] = [codebook_size if k is None else min(int(k), codebook_size) for k in settings["top_k"]]
         if not all(0 < p <= 1 for p in settings["top_p"]):
             raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
-        if not math.isfinite(settings["guidance_scale"]):
+        if not all(math.isfinite(scale) for scale in settings["guidance_scale"]):
             raise ValueError(f"guidance_scale must be finite, got {settings['guidance_scale']}")
-        if settings["guidance_scale"] != 1.0 and self.config.null_cond_id is None:
-            raise ValueError(
-                f"guidance_scale={settings['guidance_scale']} needs a model with a null condition, "
-                "but config.null_cond_id is None"
-            )
         return settings
 
-    def _check_generator(self, generator) -> None:
-        if generator is None:
-            return
-        if not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be one torch.Generator, got {type(generator).__name__}")
-        if generator.device.type != self.device.type:
-            raise ValueError(f"the generator is on {generator.device}, the model on {self.device}")
+    def _check_guidance(self, scales, schedule, negative_cond_ids) -> None:
+        guided = any(scale != 1.0 for scale in scales)
+        if schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"guidance_schedule must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}")
+        if not guided and (negative_cond_ids is not None or schedule != "constant"):
+            name = "negative_cond_ids" if negative_cond_ids is not None else "guidance_schedule"
+            raise ValueError(f"{name} needs a guidance_scale other than 1")
+        if guided and negative_cond_ids is None and self.config.null_cond_id is None:
+            raise ValueError(
+                f"guidance_scale={scales} needs a model with a null condition, but config.null_cond_id is None; "
+                "or give negative_cond_ids"
+            )
+
+    def _negative(self, negative_cond_ids, cond_ids) -> torch.Tensor:
+        """What guidance leads away from, `(B, L)`."""
+        if negative_cond_ids is None:
+            return torch.full_like(cond_ids, self.config.null_cond_id)
+        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids)).to(self.device)
 
     def _resolve_batch_size(self, cond_ids, num_images, prefix_codes) -> int:
         sizes = {
@@ -210,55 +256,26 @@ class RQGenerationMixin(GenerationMixin):
             raise ValueError(f"at least 1 image needed, got {sizes}")
         return batch_size
 
-    def _prepare_codes(self, prefix_codes, start, batch_size) -> torch.Tensor:
-        """`(B, T, D)`, zero except for the kept positions."""
+    def _prepare_codes(self, prefix_codes, start, keep_depth, batch_size) -> torch.Tensor:
+        """`(B, T, D)`, zero except for what is kept."""
         height, width, depth = self.config.code_shape
         if not 0 <= start <= height * width:
             raise ValueError(f"start must lie in [0, {height * width}], the positions in raster order, got {start}")
-        if (prefix_codes is None) != (start == 0):
+        if not 0 <= keep_depth < depth:
+            raise ValueError(f"keep_depth must lie in [0, {depth}), got {keep_depth}")
+        if (prefix_codes is None) != (start == keep_depth == 0):
             raise ValueError(
-                "prefix_codes and start > 0 belong together, got "
-                f"{'no prefix_codes' if prefix_codes is None else 'prefix_codes'} and start={start}"
+                "prefix_codes go with start > 0 or keep_depth > 0, got "
+                f"{'no prefix_codes' if prefix_codes is None else 'prefix_codes'}, {start=}, {keep_depth=}"
             )
         codes = torch.zeros(batch_size, height * width, depth, dtype=torch.long, device=self.device)
         if prefix_codes is not None:
             self.check_codes(prefix_codes)
-            codes[:, :start] = prefix_codes.flatten(1, 2)[:, :start].to(self.device)
+            given = prefix_codes.flatten(1, 2).to(self.device)
+            codes[:, :start] = given[:, :start]
+            codes[:, start:, :keep_depth] = given[:, start:, :keep_depth]
         return codes
 
     def _activation_dtype(self) -> torch.dtype:
         device = self.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
-
-
-def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Sets all but the top-k, and of these all but the top-p nucleus, to −inf. Logits `(B, K)` float32 -> `(B, K)`.
-
-    Codes equal to the k-th largest logit are all kept. A code is kept while the mass *before* it, under the softmax of
-    what top-k kept, is below p; the most likely one always is.
-    """
-    if top_k < logits.shape[-1]:
-        kth_largest = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_largest, -math.inf)
-    if top_p < 1:
-        probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
-        outside = (mass_before >= top_p) & (mass_before > 0)
-        outside = torch.zeros_like(outside).scatter_(-1, order, outside)
-        logits = logits.masked_fill(outside, -math.inf)
-    return logits
-
-
-def sample_codes(
-    logits: torch.Tensor,
-    do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
-    """One code per row of logits `(B, K)` float32: the most likely, or drawn after temperature, top-k, top-p."""
-    if not do_sample:
-        return logits.argmax(dim=-1)
-    probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(dim=-1)
-    return probabilities.multinomial(1, generator=generator).squeeze(-1)

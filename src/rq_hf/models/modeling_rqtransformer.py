@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
 from .generation_rqtransformer import RQGenerationMixin
 from .losses import codes_cross_entropy
+from .packing import PackedLinear, pack_linear_maps
 from .quantizer import check_codes, check_range, embed_codes
 
 
@@ -160,17 +161,30 @@ class RQClassifier(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=config.depth_config.layer_norm_eps)
         self.weight = nn.Parameter(torch.empty(num_classifiers, config.codebook_size, hidden_size))  # (M, K, E)
         self.bias = nn.Parameter(torch.empty(num_classifiers, config.codebook_size))  # (M, K)
+        self.packed = None
 
     def forward(self, hidden_states, first_depth=0):
         """Hidden states `(..., d, E)` of the depths from `first_depth` on -> logits `(..., d, K)`."""
         hidden_states = self.norm(hidden_states)
-        if len(self.weight) == 1:
-            return F.linear(hidden_states, self.weight[0], self.bias[0])
+        if len(self.bias) == 1:
+            return self.logits(hidden_states, 0)
         depths = range(first_depth, first_depth + hidden_states.shape[-2])
-        return torch.stack(
-            [F.linear(h, self.weight[d], self.bias[d]) for h, d in zip(hidden_states.unbind(-2), depths, strict=True)],
-            dim=-2,
-        )
+        return torch.stack([self.logits(h, d) for h, d in zip(hidden_states.unbind(-2), depths, strict=True)], dim=-2)
+
+    def logits(self, hidden_states, m):
+        """Logits `(..., K)` by the map with index m."""
+        if self.packed is not None:
+            return self.packed[m](hidden_states)
+        return F.linear(hidden_states, self.weight[m], self.bias[m])
+
+    def pack(self):
+        self.packed = [PackedLinear(weight, bias) for weight, bias in zip(self.weight, self.bias)]
+        del self.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = torch.stack([m.packed.to_dense() for m in self.packed])
 
 
 class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
@@ -308,10 +322,32 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             inputs = self._project(self.depth_projection, codewords[:, -1])
         return (inputs + self.depth_position_embedding[d]).unsqueeze(1)
 
+    def pack_weights(self) -> None:
+        """
+        Lays out the weights for fast sampling on a CPU, in place; codes stay the same. Saving still works, training,
+        moving and casting no longer.
+
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, or without oneDNN.
+        """
+        if self.is_packed:
+            return
+        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"weights are packed on a CPU, in float32 or bfloat16; this model is on {self.device} in {self.dtype}"
+            )
+        if not torch.backends.mkldnn.is_available():
+            raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
+        pack_linear_maps(self)
+        self.classifier.pack()
+
+    @property
+    def is_packed(self) -> bool:
+        return self.classifier.packed is not None
+
     @staticmethod
     def _project(projection: nn.Linear, codewords: torch.Tensor) -> torch.Tensor:
         """Sharded training computes with parameters in low precision, but leaves the codebook as it is."""
-        return projection(codewords.to(projection.weight.dtype))
+        return projection(codewords.to(projection.bias.dtype))
 
     def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
@@ -340,6 +376,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     def _check_forward(self, codes, labels, residuals, temperature):
         self.check_codes(codes)
+        if self.is_packed and not (labels is None and residuals is None):
+            raise ValueError("a model with packed weights has no loss: load it anew to train it")
         if labels is not None and residuals is not None:
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
