@@ -199,7 +199,12 @@ BAD_CALLS = [
     ("none", {"start": T + 1}, ValueError, "start must lie in"),
     ("none", {"prefix_codes": tiny_codes(1)}, ValueError, "prefix_codes go with start > 0 or keep_depth > 0"),
     ("none", {"generator": [0, 1]}, ValueError, "one generator per image needed, got 2 for 1 images"),
-    ("class", {"class_labels": 0, "prefix_codes": tiny_codes(2), "start": 1}, ValueError, "different batch size"),
+    (
+        "class",
+        {"class_labels": 0, "prefix_codes": tiny_codes(2), "start": 1},
+        ValueError,
+        "prefix_codes must be one map per picture drawn",
+    ),
     ("none", {"callback_on_step_end_tensor_inputs": ["latents"]}, ValueError, r"among \['codes'\], got \['latents'\]"),
     ("none", {"num_inference_steps": 5}, TypeError, "num_inference_steps"),
 ]

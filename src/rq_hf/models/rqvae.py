@@ -280,17 +280,27 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     @apply_forward_hook
     @torch.no_grad()
     def decode_codes(
-        self, codes: torch.Tensor, depth: int | None = None, return_dict: bool = True
+        self,
+        codes: torch.Tensor,
+        depth: int | None = None,
+        num_positions: int | None = None,
+        return_dict: bool = True,
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`, about [-1, 1].
 
         Args:
             depth: decode from the first `depth` codes of every position only, in [1, D]: a coarse-to-fine preview.
+            num_positions: decode the first positions in raster order only, in [0, H·W]; the others hold no codewords:
+                a preview of a map that is still being drawn.
         """
         depth = self.config.depth if depth is None else depth
         if not 1 <= depth <= self.config.depth:
             raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
         vectors = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
+        if num_positions is not None:
+            if not 0 <= num_positions <= codes[0, ..., 0].numel():
+                raise ValueError(f"num_positions must lie in [0, {codes[0, ..., 0].numel()}], got {num_positions}")
+            vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.vectors_to_latents(vectors).to(self.dtype), return_dict=return_dict)
 
     def latents_to_vectors(self, latents: torch.Tensor) -> torch.Tensor:
