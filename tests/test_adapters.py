@@ -1,0 +1,71 @@
+"""LoRA adapters (peft) and int8 weights (torchao) on the RQ-Transformer."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_codes, tiny_condition, tiny_transformer
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import TorchAoConfig
+
+from rq_hf import RQTransformerModel
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj", "up_proj", "down_proj"]}
+GREEDY = {"do_sample": False}
+
+
+@pytest.fixture
+def trained():
+    """A model with an adapter that learned one batch, the losses, and the batch."""
+    model = get_peft_model(tiny_transformer("class"), LoraConfig(**LORA))
+    codes, ids = tiny_codes(4), tiny_condition("class", 4)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    losses = []
+    for _ in range(40):
+        loss = model(codes, ids, labels=codes).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model.eval(), losses, codes, ids
+
+
+class TestLoRA:
+    def test_learns_and_leaves_the_model_as_it_is(self, trained):
+        model, losses, codes, ids = trained
+        assert losses[-1] < losses[0] - 0.3
+        with model.disable_adapter():
+            assert model(codes, ids, labels=codes).loss.item() == pytest.approx(losses[0], rel=1e-4)
+
+    def test_fused_draws_the_same(self, trained):
+        model, _, codes, ids = trained
+        logits, drawn = model(codes, ids).logits, model.generate(ids, **GREEDY)
+        fused = model.merge_and_unload()
+        assert type(fused) is RQTransformerModel
+        torch.testing.assert_close(fused(codes, ids).logits, logits)
+        fused.pack_weights()
+        assert torch.equal(fused.generate(ids, **GREEDY), drawn)
+
+    def test_is_saved_alone_and_loaded_onto_the_model(self, trained, tmp_path):
+        model, _, codes, ids = trained
+        expected = model(codes, ids).logits
+        model.save_pretrained(tmp_path / "adapter")
+        base = model.unload()
+        base.save_pretrained(tmp_path / "base")
+        size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+        assert size < (tmp_path / "base" / "model.safetensors").stat().st_size
+        again = PeftModel.from_pretrained(RQTransformerModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+        torch.testing.assert_close(again(codes, ids).logits, expected)
+        mixed_in = RQTransformerModel.from_pretrained(tmp_path / "base")
+        mixed_in.load_adapter(tmp_path / "adapter")
+        torch.testing.assert_close(mixed_in(codes, ids).logits, expected)
+
+
+def test_int8_weights_change_the_probabilities_little(tmp_path):
+    model, codes, ids = tiny_transformer("class"), tiny_codes(8), tiny_condition("class", 8)
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantized = RQTransformerModel.from_pretrained(tmp_path, quantization_config=config).eval()
+    log_p, log_q = (m(codes, ids).logits.float().log_softmax(dim=-1) for m in (model, quantized))
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
+    assert 0 < divergence < 0.01
+    assert quantized.generate(ids, **GREEDY).shape == codes.shape
