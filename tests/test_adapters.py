@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_codes, tiny_condition, tiny_transformer
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
 from rq_hf import RQTransformerModel
@@ -63,7 +62,8 @@ class TestLoRA:
 def test_int8_weights_change_the_probabilities_little(tmp_path):
     model, codes, ids = tiny_transformer("class"), tiny_codes(8), tiny_condition("class", 8)
     model.save_pretrained(tmp_path)
-    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: rq_hf[int8]")
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     quantized = RQTransformerModel.from_pretrained(tmp_path, quantization_config=config).eval()
     log_p, log_q = (m(codes, ids).logits.float().log_softmax(dim=-1) for m in (model, quantized))
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()

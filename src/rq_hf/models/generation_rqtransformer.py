@@ -140,7 +140,7 @@ class RQGenerationMixin(GenerationMixin):
             device=self.device,
         )
 
-        cache_kwargs = {"batch_size": len(cond_ids), "device": self.device, "dtype": self._activation_dtype()}
+        cache_kwargs = {"batch_size": len(cond_ids), "device": self.device, "dtype": self._cache_dtype()}
         max_length = self.config.cond_length + num_positions
         spatial_cache = StaticKeyValueCache(self.config.spatial_config, max_length=max_length, **cache_kwargs)
         depth_cache = StaticKeyValueCache(self.config.depth_config, max_length=depth, **cache_kwargs)
@@ -276,6 +276,8 @@ class RQGenerationMixin(GenerationMixin):
             codes[:, start:, :keep_depth] = given[:, start:, :keep_depth]
         return codes
 
-    def _activation_dtype(self) -> torch.dtype:
+    def _cache_dtype(self) -> torch.dtype:
         device = self.device.type
+        if device == "cpu":  # where attention in bfloat16 takes several times as long
+            return torch.float32
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype

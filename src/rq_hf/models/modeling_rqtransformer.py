@@ -75,10 +75,11 @@ class RQAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, dim)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+            query = query.to(key.dtype)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
-        return self.o_proj(output.reshape(batch_size, length, hidden_size))
+        return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype))
 
 
 class RQMLP(nn.Module):

@@ -6,6 +6,7 @@ Shapes: `B` images, `T` positions that are drawn, `D` quantization depth, `K` co
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 # Below this p rejection would try too often: codes are drawn from the nucleus alone, found by sorting.
@@ -101,14 +102,20 @@ def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Te
     code outside the nucleus is drawn again with new numbers from `draw_uniform`(rows), on average 1/p − 1 times.
     """
     rejects = logits.device.type == "cpu" and MIN_ACCEPTANCE <= top_p < 1
-    probabilities = filter_logits(logits, top_k, 1.0 if rejects else top_p).softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1, dtype=uniform.dtype)
+    if rejects:
+        masses = logits.softmax(dim=-1)
+        if top_k < logits.shape[-1]:
+            masses = masses * (logits >= kth_largest(logits, top_k))
+    else:
+        masses = filter_logits(logits, top_k, top_p).softmax(dim=-1)
+    cumulative = masses.cumsum(dim=-1, dtype=uniform.dtype)
     codes = look_up(cumulative, uniform)
     if rejects:
-        rows = (mass_before(probabilities, codes) >= top_p).nonzero().squeeze(-1)
+        nucleus = top_p * cumulative[:, -1]
+        rows = (mass_before(masses, codes) >= nucleus).nonzero().squeeze(-1)
         while len(rows):
             codes[rows] = look_up(cumulative[rows], draw_uniform(rows))
-            rows = rows[mass_before(probabilities[rows], codes[rows]) >= top_p]
+            rows = rows[mass_before(masses[rows], codes[rows]) >= nucleus[rows]]
     return codes
 
 
@@ -120,13 +127,21 @@ def look_up(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.minimum(codes, last_possible).clamp(max=cumulative.shape[-1] - 1).squeeze(-1)
 
 
-def mass_before(probabilities: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The mass of the codes that are more likely than `codes` `(B,)`, or as likely and lower: `(B,)`."""
+def mass_before(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The mass, of masses `(B, K)`, that codes likelier than `codes` `(B,)` have, or as likely and lower: `(B,)`."""
     codes = codes[:, None]
-    own = probabilities.gather(-1, codes)
-    lower = torch.arange(probabilities.shape[-1], device=codes.device) < codes
-    before = (probabilities > own) | ((probabilities == own) & lower)
-    return (probabilities * before).sum(dim=-1)
+    own = masses.gather(-1, codes)
+    lower = torch.arange(masses.shape[-1], device=codes.device) < codes
+    before = (masses > own) | ((masses == own) & lower)
+    return (masses * before).sum(dim=-1)
+
+
+def kth_largest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """`(B, K)` -> `(B, 1)`. On a CPU by numpy, whose selection is five times as fast as torch's."""
+    if logits.device.type == "cpu":
+        rank = logits.shape[-1] - k
+        return torch.from_numpy(np.partition(logits.numpy(), rank, axis=-1)[:, rank : rank + 1])
+    return logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
 
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -136,8 +151,7 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
     what top-k kept, is below p; the most likely one always is. Of equally likely codes lower ones come first.
     """
     if top_k < logits.shape[-1]:
-        kth_largest = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        logits = logits.masked_fill(logits < kth_largest, -math.inf)
+        logits = logits.masked_fill(logits < kth_largest(logits, top_k), -math.inf)
     if top_p < 1:
         probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         mass = probabilities.cumsum(dim=-1) - probabilities
