@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--stage1", type=Path, required=True, help="output folder of rate_distortion.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"of {list(RUNS)}")
-    parser.add_argument("--temperature", type=float, default=0.002, help="τ of the soft labels; distances are small here")
+    parser.add_argument(
+        "--temperature", type=float, default=0.002, help="τ of the soft labels; distances are small here"
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)

@@ -9,11 +9,11 @@ K = 2048. Every image has its own class, so that greedy codes differ; the temper
 weights about as peaked as those of a trained model. `decode` makes 256×256 pictures of 8×8×4 codes. With --positions N
 only maps of 1×N positions are drawn, by both sides, which is the same work as the first N positions of 8×8.
 
-`rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` after `pack_weights`; `bf16` with weights in
-bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, `decode_code` for one
-picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed, but `configs.py` is left
-out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in theirs) and pictures are
-compared with those of `rq_hf`. Without --reference, theirs is left out.
+`rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` is the same after `pipe.pack_weights()`, `bf16`
+with weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch,
+`decode_code` for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed, but
+`configs.py` is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in theirs) and
+pictures are compared with those of `rq_hf`. Without --reference, theirs is left out.
 
 Time is the least of interleaved repeats, in one process, per image. Memory is the most that is resident during the
 first batch beyond the model, each in a process of its own. The shares are those of one more batch. The bound is what
@@ -157,6 +157,9 @@ def vae_sampler(case, name, reference):
         for module in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
             module.to(torch.bfloat16)
 
+    if "packed" in name:
+        model.to(memory_format=torch.channels_last)
+
     def run(greedy=False):
         if name == "authors":
             return torch.cat([theirs.decode_code(picture) for picture in codes.split(1)])
@@ -246,7 +249,7 @@ def main() -> None:
         if args.positions and case.width:
             case = replace(case, code_shape=(1, args.positions, D))
         variants = ("rq_hf", baseline, "rq_hf, packed", "rq_hf, bf16", "rq_hf, bf16, packed")
-        names = [name for name in dict.fromkeys(variants) if case.width or "packed" not in name]
+        names = list(dict.fromkeys(variants))
         bounds = {name: bound(case, torch.bfloat16 if "bf16" in name else torch.float32) for name in names}
         memory = {name: peak_mebibytes(make_step, case, name, args.reference) for name in names}
         samplers = {name: make_sampler(case, name, args.reference) for name in names}

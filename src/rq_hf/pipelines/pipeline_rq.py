@@ -301,8 +301,10 @@ class RQPipeline(DiffusionPipeline):
         return scores.cpu()
 
     def pack_weights(self) -> None:
-        """Makes drawing several times faster on a CPU: see [`RQTransformerModel.pack_weights`]."""
+        """Makes drawing several times faster on a CPU: see [`RQTransformerModel.pack_weights`]. The weights of the
+        RQ-VAE become channels-last, which decodes a little faster."""
         self.transformer.pack_weights()
+        self.vae.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
