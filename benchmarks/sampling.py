@@ -9,8 +9,8 @@ K = 2048. Every image has its own class, so that greedy codes differ; the temper
 weights about as peaked as those of a trained model. `decode` makes 256×256 pictures of 8×8×4 codes. With --positions N
 only maps of 1×N positions are drawn, by both sides, which is the same work as the first N positions of 8×8.
 
-`rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` is the same after `pipe.pack_weights()`; `bf16` has
-weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, `decode_code`
+`rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` is the same after `pipe.pack_weights()`; `bf16`
+has weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, `decode_code`
 for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed, but `configs.py`
 is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in theirs) and pictures
 are compared with those of `rq_hf`. Without --reference, theirs is left out.
