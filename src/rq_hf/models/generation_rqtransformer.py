@@ -39,14 +39,13 @@ class StaticKeyValueCache:
         self.storage = torch.empty(shape, device=device, dtype=dtype)
         self.lengths = [0] * config.num_hidden_layers
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends keys and values `(B, heads, t, dim)` of a layer and returns all of its `(B, heads, length, dim)`."""
-        start, end = self.lengths[layer_idx], self.lengths[layer_idx] + key.shape[2]
+    def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Appends keys and values `(2, B, heads, t, dim)` of a layer, returns all it has `(2, B, heads, length, dim)`."""
+        start, end = self.lengths[layer_idx], self.lengths[layer_idx] + keys_values.shape[3]
         self.lengths[layer_idx] = end
-        keys, values = self.storage[layer_idx, :, : len(key)]
-        keys[:, :, start:end] = key
-        values[:, :, start:end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        filled = self.storage[layer_idx, :, : keys_values.shape[1], :, :end]
+        filled[:, :, :, start:] = keys_values
+        return filled
 
     def expand(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` is."""

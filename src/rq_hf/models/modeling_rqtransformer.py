@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
 from .generation_rqtransformer import RQGenerationMixin
 from .losses import codes_cross_entropy
-from .packing import PackedLinear, pack_linear_maps
+from .packing import PackedLinear, fuse_block, pack_linear_maps
 from .quantizer import check_codes, check_range, embed_codes
 
 
@@ -72,10 +72,9 @@ class RQAttention(nn.Module):
     def forward(self, hidden_states, cache=None):
         batch_size, length, hidden_size = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, dim)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-            query = query.to(key.dtype)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
+        query, (key, value) = qkv[0], qkv[1:] if cache is None else cache.update(qkv[1:], self.layer_idx)
+        query = query.to(key.dtype)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
@@ -339,6 +338,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         if not torch.backends.mkldnn.is_available():
             raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
         pack_linear_maps(self)
+        for block in (*self.spatial_stack.layers, *self.depth_stack.layers):
+            fuse_block(block)
         self.classifier.pack()
 
     @property
