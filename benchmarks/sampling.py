@@ -10,10 +10,10 @@ weights about as peaked as those of a trained model. `decode` makes 256×256 pic
 only maps of 1×N positions are drawn, by both sides, which is the same work as the first N positions of 8×8.
 
 `rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` is the same after `pipe.pack_weights()`; `bf16`
-has weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, and
-`decode_code` for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed, but
-`configs.py` is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in theirs) and
-pictures are compared with those of `rq_hf`. Without --reference, theirs is left out.
+has weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, and then
+`decode_code` for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed,
+but `configs.py` is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in
+theirs) and pictures are compared with those of `rq_hf`. Without --reference, theirs is left out.
 
 Time is the least of interleaved repeats, in one process, per image. Memory is the most that is resident during the
 first batch beyond the model, each in a process of its own. The shares are those of one more batch. The bound is what

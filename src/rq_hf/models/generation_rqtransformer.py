@@ -40,7 +40,7 @@ class StaticKeyValueCache:
         self.lengths = [0] * config.num_hidden_layers
 
     def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Appends keys and values `(2, B, heads, t, dim)` of a layer, returns all it has `(2, B, heads, length, dim)`."""
+        """Appends keys and values `(2, B, heads, t, dim)` of a layer; returns all of them, `(2, B, heads, T, dim)`."""
         start, end = self.lengths[layer_idx], self.lengths[layer_idx] + keys_values.shape[3]
         self.lengths[layer_idx] = end
         filled = self.storage[layer_idx, :, : keys_values.shape[1], :, :end]

@@ -55,8 +55,8 @@ def fuse_block(block: nn.Module) -> None:
 
 
 def fused_forward(block: nn.Module, hidden_states: torch.Tensor, cache=None) -> torch.Tensor:
-    """`RQBlock.forward` without dropout. GELU and sums are part of the linear maps, and submodules are not *called*: for
-    one image the calls take as long as the arithmetic."""
+    """`RQBlock.forward` without dropout. GELU and sums are part of the linear maps, and submodules are not *called*:
+    for one image the calls take as long as the arithmetic."""
     attention, mlp = block.self_attn, block.mlp
     batch_size, length, hidden_size = hidden_states.shape
     qkv = attention.qkv_proj.forward(layer_norm(block.attention_norm, hidden_states))
