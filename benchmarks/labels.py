@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.002, help="τ of the soft labels; distances are small here"
     )
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
