@@ -1,9 +1,11 @@
 """Turn a trained pipeline into the small one that is published: half-precision files and default sampling settings.
 
-    python examples/emoji/export.py --pipeline runs/emoji/pipeline --output src/rq_hf/emoji_model \\
-        --card model_cards/emoji.md --temperature 0.2
+    python examples/emoji/export.py --pipeline runs/emoji/pipeline --average_with runs/emoji-soft/pipeline \\
+        --average_weight 0.2 --output src/rq_hf/emoji_model --card model_cards/emoji.md --temperature 0.2
 
-Weights are stored in half precision and computed with in single precision when loaded.
+Weights are stored in half precision and computed with in single precision when loaded. The transformer may be averaged
+with one that was fine-tuned from it, which gives something of both (Wortsman et al., "Robust fine-tuning of
+zero-shot models", 2022).
 """
 
 import argparse
@@ -20,6 +22,8 @@ from rq_hf.training import written_whole
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the trained pipeline")
+    parser.add_argument("--average_with", type=Path, help="folder of a pipeline that was fine-tuned from it")
+    parser.add_argument("--average_weight", type=float, default=0.5, help="share of that one's weights")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--card", type=Path, help="model card, copied to README.md")
     parser.add_argument("--temperature", type=float, help="default temperature")
@@ -31,6 +35,10 @@ def main() -> None:
         raise ValueError(f"{args.output} exists already; move it away first")
 
     pipe = RQPipeline.from_pretrained(str(args.pipeline))
+    if args.average_with is not None:
+        tuned = RQPipeline.from_pretrained(str(args.average_with)).transformer.state_dict()
+        weights = pipe.transformer.state_dict()
+        pipe.transformer.load_state_dict({n: w.lerp(tuned[n], args.average_weight) for n, w in weights.items()})
     generation_config = pipe.transformer.generation_config
     generation_config.do_sample = True
     for name in ("temperature", "top_k", "top_p", "guidance_scale"):
