@@ -352,6 +352,31 @@ def test_images_of_one_condition_share_its_prefix(kind):
     assert torch.equal(codes, model(codes, ids).logits.argmax(dim=-1))
 
 
+class TestCompiled:
+    """Traced by torch.compile without a break; what a device's compiler makes of the graphs is its own affair."""
+
+    OPTIONS = {"backend": "aot_eager", "fullgraph": True}
+
+    @pytest.fixture(autouse=True)
+    def forget_graphs(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    @kinds
+    def test_forward_gives_the_same_logits(self, kind):
+        model, codes, ids = tiny_transformer(kind), tiny_codes(), tiny_condition(kind)
+        torch.testing.assert_close(torch.compile(model, **self.OPTIONS)(codes, ids).logits, model(codes, ids).logits)
+
+    @kinds
+    def test_stacks_draw_the_same_codes_with_few_graphs(self, kind):
+        model, ids = tiny_transformer(kind, code_shape=(4, 6, D)), tiny_condition(kind)
+        expected = model.generate(ids, num_images=2, **GREEDY)
+        model.spatial_stack.compile(**self.OPTIONS)
+        model.depth_stack.compile(**self.OPTIONS)
+        assert torch.equal(model.generate(ids, num_images=2, **GREEDY), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # not one for every length of the cache
+
+
 class TestPackedWeights:
     @kinds
     @pytest.mark.parametrize("shared_classifier", [True, False])
