@@ -209,15 +209,14 @@ class ResidualQuantizer(nn.Module):
         Raises `ValueError` for fewer vectors than codewords.
         """
         self._check_vectors(vectors)
-        with torch.autocast(vectors.device.type, enabled=False):
-            vectors = vectors.float().reshape(-1, self.codebook_dim)
-            residual = vectors
-            for m in range(len(self.codebook)):
-                self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
-                residual = residual - F.embedding(self._nearest(residual, m), self.codebook_at(m))
-            if self.shared_codebook and self.depth > 1:
-                residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
-                self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
+        vectors = vectors.float().reshape(-1, self.codebook_dim)
+        residual = vectors
+        for m in range(len(self.codebook)):
+            self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
+            residual = residual - F.embedding(self._nearest(residual, m), self.codebook_at(m))
+        if self.shared_codebook and self.depth > 1:
+            residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
+            self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
 
     def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
         self.codebook[m] = codewords
@@ -302,14 +301,15 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`F.linear` of vectors `(N, C)`, weight `(K, C)` and bias `(K,)` in float32: `(N, K)`.
+    """`F.linear` of vectors `(N, C)`, weight `(K, C)` and bias `(K,)` in float32, also under autocast: `(N, K)`.
 
     On a CPU it is a 1×1 convolution, because torch leaves those to oneDNN: up to twice as fast as its matrix product.
     """
-    if vectors.device.type != "cpu":
-        return F.linear(vectors, weight, bias)
-    pixels = vectors.reshape(1, len(vectors), 1, -1).permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
-    return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(vectors), -1)
+    with torch.autocast(vectors.device.type, enabled=False):
+        if vectors.device.type != "cpu":
+            return F.linear(vectors, weight, bias)
+        pixels = vectors.reshape(1, len(vectors), 1, -1).permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
+        return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(vectors), -1)
 
 
 def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,16 +334,12 @@ def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[
     return centres, torch.bincount(nearest(vectors, centres), minlength=num_clusters).to(vectors.dtype)
 
 
-def squared_distances(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """‖v − e(k)‖² of vectors `(N, C)` to all codewords `(K, C)`: `(N, K)`, in one matrix product."""
-    squares = vectors.square().sum(dim=-1, keepdim=True) + codebook.square().sum(dim=-1)  # (N, K)
-    return squares.addmm_(vectors, codebook.t(), alpha=-2)
-
-
 def soft_targets(residual: torch.Tensor, codebook: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(−‖r − e(k)‖²/τ) over the codebook `(K, C)`: `(..., C)` -> `(..., K)` (section 3.2.3)."""
-    distances = squared_distances(residual.reshape(-1, residual.shape[-1]), codebook)
-    return F.softmax(distances.div_(-temperature), dim=-1).reshape(*residual.shape[:-1], len(codebook))
+    """softmax(−‖r − e(k)‖²/τ) over the codebook `(K, C)`: `(..., C)` -> `(..., K)` (section 3.2.3). ‖r‖² makes no
+    difference."""
+    vectors = residual.reshape(-1, residual.shape[-1]) * (2 / temperature)
+    logits = linear(vectors, codebook, codebook.square().sum(dim=-1) / -temperature)
+    return F.softmax(logits, dim=-1).reshape(*residual.shape[:-1], len(codebook))
 
 
 def embed_codes(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
