@@ -124,12 +124,12 @@ class RQGenerationMixin(GenerationMixin):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
-        self._check_guidance(settings["guidance_scale"], guidance_schedule, negative_cond_ids)
+        guided = any(scale != 1.0 for scale in settings["guidance_scale"])
+        self._check_guidance(guided, settings["guidance_scale"], guidance_schedule, negative_cond_ids)
         batch_size = self._resolve_batch_size(cond_ids, num_images, prefix_codes)
         check_generator(generator, batch_size)
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size).to(self.device)
         codes = self._prepare_codes(prefix_codes, start, keep_depth, batch_size)  # (B, T, D)
-        guided = any(scale != 1.0 for scale in settings["guidance_scale"])
         if guided:
             cond_ids = torch.cat([cond_ids, self._negative(negative_cond_ids, cond_ids)])
         sampler = CodeSampler(
@@ -159,9 +159,9 @@ class RQGenerationMixin(GenerationMixin):
             inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L + length, E)
             return self.spatial_stack(inputs, spatial_cache)[:, -1]
 
-        continues = False  # from the codes that were drawn last
+        reads_prefix = True  # otherwise the position drawn last is all that is new
         for position in range(start, num_positions):
-            if not continues:
+            if reads_prefix:
                 context = read_prefix(position)
             else:
                 newest = embed(codes[:, position - 1 : position])
@@ -181,7 +181,7 @@ class RQGenerationMixin(GenerationMixin):
                     scale = 1 + (settings["guidance_scale"][d] - 1) * progress
                     logits = null + scale * (conditional - null)
                 codes[:, position, d] = sampler.draw(logits, position - start, d)
-            continues = True
+            reads_prefix = False
             if on_position is not None:
                 codes_map = codes.view(batch_size, height, width, depth)
                 replaced = on_position(position, codes_map.clone())
@@ -189,7 +189,7 @@ class RQGenerationMixin(GenerationMixin):
                     if len(replaced) != batch_size:
                         raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
                     codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
-                    continues = False
+                    reads_prefix = True
         sampler.check()
         return codes.view(batch_size, height, width, depth)
 
@@ -222,8 +222,7 @@ class RQGenerationMixin(GenerationMixin):
             raise ValueError(f"guidance_scale must be finite, got {settings['guidance_scale']}")
         return settings
 
-    def _check_guidance(self, scales, schedule, negative_cond_ids) -> None:
-        guided = any(scale != 1.0 for scale in scales)
+    def _check_guidance(self, guided, scales, schedule, negative_cond_ids) -> None:
         if schedule not in GUIDANCE_SCHEDULES:
             raise ValueError(f"guidance_schedule must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}")
         if not guided and (negative_cond_ids is not None or schedule != "constant"):

@@ -66,12 +66,12 @@ class CodeSampler:
             self.uniform = self._uniform(torch.arange(shape[0]), shape[1:])  # (B, T, D)
 
     def draw(self, logits: torch.Tensor, position: int, depth: int) -> torch.Tensor:
-        """Codes `(B,)` from logits `(B, K)` of the position and depth with these indices."""
+        """Codes `(B,)` from float32 logits `(B, K)` of the position and depth with these indices."""
         self.largest_logits += logits.amax(dim=-1)
         if not self.do_sample:
             return logits.argmax(dim=-1)
         return draw_codes(
-            logits.float() / self.temperature[depth],
+            logits / self.temperature[depth],
             self.top_k[depth],
             self.top_p[depth],
             self.uniform[:, position, depth],
