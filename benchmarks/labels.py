@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import torch
-from rate_distortion import VALIDATION, feature_network, fit, load_pixels
+from rate_distortion import feature_network, fit, load_pixels
 
 from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
 from rq_hf.images import image_grid
@@ -109,8 +109,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     args = parser.parse_args()
 
-    pictures, labels = load_pixels(args.data_files)
-    train, validation = (pictures[:-VALIDATION], labels[:-VALIDATION]), (pictures[-VALIDATION:], labels[-VALIDATION:])
+    train, validation = load_pixels(args.data_files)
     network = feature_network(args.stage1 / "features.pt", train, validation)
     vae = RQVAEModel.from_pretrained(args.stage1 / "D=4-K=512").eval()
     for name in args.runs:

@@ -22,6 +22,14 @@ def least_seconds(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
     return {name: min(values[1:]) for name, values in seconds.items()}
 
 
+def print_comparison(memory: dict[str, float], seconds: dict[str, float]) -> None:
+    """MiB and seconds of each, and how many times the seconds of the first."""
+    first = next(iter(seconds))
+    for name in seconds:
+        times = seconds[name] / seconds[first]
+        print(f"{name}: {memory[name]:.0f} MiB, {seconds[name]:.3f} s, {times:.2f} times {first}")
+
+
 def peak_mebibytes(make_step: Callable, *args) -> float:
     """Resident memory, in MiB, that the first call of `make_step(*args)()` takes at its peak beyond what is there when
     it begins: in a new process, where nothing freed earlier can be used again."""

@@ -26,7 +26,7 @@ import itertools
 from importlib.util import find_spec
 
 import torch
-from measure import import_reference, least_seconds, peak_mebibytes
+from measure import import_reference, least_seconds, peak_mebibytes, print_comparison
 
 from rq_hf import ResidualQuantizer
 
@@ -98,10 +98,7 @@ def main() -> None:
             codes[name] = step()
         if "authors" in codes:
             print(f"step {i + 1}: {(codes['rq_hf'] == codes['authors']).float().mean():.2%} of the codes are equal")
-    seconds = least_seconds(steps, args.repeats)
-    for name in steps:
-        times = seconds[name] / seconds["rq_hf"]
-        print(f"{name}: {memory[name]:.0f} MiB, {seconds[name]:.3f} s, {times:.2f} times rq_hf")
+    print_comparison(memory, least_seconds(steps, args.repeats))
 
 
 if __name__ == "__main__":

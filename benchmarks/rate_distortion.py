@@ -42,11 +42,12 @@ RUNS = {  # name: arguments of the model
 }
 
 
-def load_pixels(pattern: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All pictures `(N, 3, 32, 32)` uint8 and their classes `(N,)`."""
+def load_pixels(pattern: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Pictures `(N, 3, 32, 32)` uint8 and their classes `(N,)`, for training and for validation."""
     dataset = load_dataset("parquet", data_files=pattern, split="train")
     images = np.stack([np.asarray(image.convert("RGB")) for image in dataset["img"]])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset["label"])
+    pictures, labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset["label"])
+    return (pictures[:-VALIDATION], labels[:-VALIDATION]), (pictures[-VALIDATION:], labels[-VALIDATION:])
 
 
 def batches(pictures: torch.Tensor, labels: torch.Tensor, batch_size: int, epoch: int):
@@ -208,8 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    pictures, labels = load_pixels(args.data_files)
-    train, validation = (pictures[:-VALIDATION], labels[:-VALIDATION]), (pictures[-VALIDATION:], labels[-VALIDATION:])
+    train, validation = load_pixels(args.data_files)
     network = feature_network(args.output_dir / "features.pt", train, validation)
     finished = []
     for name in args.runs:

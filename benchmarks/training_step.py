@@ -19,7 +19,7 @@ from contextlib import nullcontext, redirect_stdout
 import torch
 import torch.nn.functional as F
 import yaml
-from measure import import_reference, least_seconds, peak_mebibytes
+from measure import import_reference, least_seconds, peak_mebibytes, print_comparison
 
 from rq_hf import RQVAEModel
 from rq_hf.convert.configs import Section, rqvae_config
@@ -83,10 +83,7 @@ def main() -> None:
     for name, step in steps.items():
         torch.manual_seed(1)  # of the codewords that are restarted
         print(f"{name}: loss {step():.6f}")
-    seconds = least_seconds(steps, args.repeats)
-    for name in steps:
-        times = seconds[name] / seconds["rq_hf"]
-        print(f"{name}: {memory[name]:.0f} MiB, {seconds[name]:.3f} s, {times:.2f} times rq_hf")
+    print_comparison(memory, least_seconds(steps, args.repeats))
 
 
 if __name__ == "__main__":
