@@ -82,7 +82,7 @@ def evaluate(pipe: RQPipeline, network, pictures, labels, folder: Path) -> dict:
         real.append(network.features(pixels))
     results = {"nll_per_depth": (losses / len(pictures)).tolist(), "frechet_distance": {}}
     results["nll"] = sum(results["nll_per_depth"]) / len(results["nll_per_depth"])
-    pipe.pack_weights()
+    pipe.compile()
     classes = torch.arange(CLASSES).repeat(DRAWN // CLASSES)
     for scale in GUIDANCE_SCALES:
         generator, drawn = torch.Generator().manual_seed(0), []

@@ -9,7 +9,7 @@ K = 2048. Every image has its own class, so that greedy codes differ; the temper
 weights about as peaked as those of a trained model. `decode` makes 256×256 pictures of 8×8×4 codes. With --positions N
 only maps of 1×N positions are drawn, by both sides, which is the same work as the first N positions of 8×8.
 
-`rq_hf` is `generate` and `decode_codes`, a batch at a time; `packed` is the same after `pipe.pack_weights()`; `bf16`
+`rq_hf` is `generate` and `decode_codes`, a batch at a time; `compiled` is the same after `pipe.compile()`; `bf16`
 has weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, and then
 `decode_code` for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed,
 but `configs.py` is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in
@@ -122,7 +122,7 @@ def transformer_sampler(case, name, reference):
     else:
         if "bf16" in name:
             model.to(torch.bfloat16)
-        if "packed" in name:
+        if "compiled" in name:
             model.pack_weights()
         methods = [(model.spatial_stack, "forward"), (model.depth_stack, "forward")]
         methods += [(model.classifier, "forward"), (CodeSampler, "draw")]
@@ -157,8 +157,8 @@ def vae_sampler(case, name, reference):
         for module in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
             module.to(torch.bfloat16)
 
-    if "packed" in name:
-        model.to(memory_format=torch.channels_last)
+    if "compiled" in name:
+        model.fuse_blocks()
 
     def run(greedy=False):
         if name == "authors":
@@ -166,7 +166,7 @@ def vae_sampler(case, name, reference):
         return model.decode_codes(codes).sample
 
     return run, {
-        part: (layer, "forward") for part, layer in zip(("residual blocks", "attention", "upsampling"), classes)
+        part: (layer, "__call__") for part, layer in zip(("residual blocks", "attention", "upsampling"), classes)
     }
 
 
@@ -227,8 +227,11 @@ def bound(case, dtype):
     operations_per_second, bandwidth = machine_rates(case.threads)
     height, width, depth = case.code_shape
     if not case.width:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            RQVAEModel.from_preset("imagenet-480m").decode(torch.empty(1, C, height, width))
+        with torch.device("meta"):
+            model = RQVAEModel.from_preset("imagenet-480m")
+            model.fuse_blocks()
+            with FlopCounterMode(display=False) as counter:
+                model.decode(torch.empty(1, C, height, width))
         return counter.get_total_flops() / operations_per_second[dtype]
     block = 12 * case.width**2
     weights = height * width * (case.num_layers * block + depth * (4 * block + case.codebook_size * case.width))
@@ -248,7 +251,7 @@ def main() -> None:
         case = CASES[label]
         if args.positions and case.width:
             case = replace(case, code_shape=(1, args.positions, D))
-        variants = ("rq_hf", baseline, "rq_hf, packed", "rq_hf, bf16", "rq_hf, bf16, packed")
+        variants = ("rq_hf", baseline, "rq_hf, compiled", "rq_hf, bf16", "rq_hf, bf16, compiled")
         names = list(dict.fromkeys(variants))
         bounds = {name: bound(case, torch.bfloat16 if "bf16" in name else torch.float32) for name in names}
         memory = {name: peak_mebibytes(make_step, case, name, args.reference) for name in names}

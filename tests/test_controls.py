@@ -193,11 +193,11 @@ def test_contradictions_are_errors(arguments, message):
         tiny_pipeline()(**arguments)
 
 
-def test_packed_pipeline_draws_the_same():
+def test_compiled_pipeline_draws_the_same():
     pipe = tiny_pipeline("text")
     call = {"prompt": ["red", "fire engine"], "do_sample": False, "output_type": "pt"}
     expected = pipe(**call)
-    pipe.pack_weights()
+    pipe.compile()
     actual = pipe(**call)
     assert torch.equal(actual.codes, expected.codes)
     torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)

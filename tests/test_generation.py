@@ -1,4 +1,6 @@
+import copy
 import math
+import shutil
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from tiny import KINDS, STACK, D, H, K, L, T, W, tiny_codes, tiny_condition, tin
 from transformers import GenerationConfig
 
 from rq_hf import RQTransformerModel
-from rq_hf.models.sampling import draw_codes, filter_logits, mass_before
+from rq_hf.models.sampling import draw_codes, filter_logits, mass_before, num_candidates
 
 GREEDY = {"do_sample": False}
 
@@ -199,10 +201,8 @@ def test_filter_by_hand(top_k, top_p, kept):
 
 
 def draw(logits, top_k, top_p, generator):
-    def uniform(rows):
-        return torch.rand(len(rows), generator=generator, dtype=torch.float64)
-
-    return draw_codes(logits, top_k, top_p, uniform(logits), uniform)
+    shape = (len(logits), num_candidates(top_p))
+    return draw_codes(logits, top_k, top_p, torch.rand(shape, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("top_k", [3, 5, 12])
@@ -231,7 +231,7 @@ def test_the_nucleus_of_a_large_codebook_is_exact(generator, top_p):
 @pytest.mark.parametrize("uniform, code", [(0.0, 1), (0.2, 1), (0.3, 3), (1 - 2**-53, 3)])
 def test_codes_without_mass_are_never_drawn(uniform, code):
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
-    assert draw_codes(logits, 5, 1.0, torch.tensor([uniform], dtype=torch.float64), None).item() == code
+    assert draw_codes(logits, 5, 1.0, torch.tensor([[uniform]], dtype=torch.float64)).item() == code
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -355,7 +355,11 @@ def test_images_of_one_condition_share_its_prefix(kind):
 class TestCompiled:
     """Traced by torch.compile without a break; what a device's compiler makes of the graphs is its own affair."""
 
-    OPTIONS = {"backend": "aot_eager", "fullgraph": True}
+    OPTIONS = {"backend": "aot_eager", "mode": None}
+    SETTINGS = [
+        GREEDY,
+        {"generator": [3, 1, 4], "top_k": [9, 2, 12, 1], "top_p": [0.3, 1.0, 0.95, 0.9], "temperature": 1.5},
+    ]
 
     @pytest.fixture(autouse=True)
     def forget_graphs(self):
@@ -365,16 +369,73 @@ class TestCompiled:
     @kinds
     def test_forward_gives_the_same_logits(self, kind):
         model, codes, ids = tiny_transformer(kind), tiny_codes(), tiny_condition(kind)
-        torch.testing.assert_close(torch.compile(model, **self.OPTIONS)(codes, ids).logits, model(codes, ids).logits)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(codes, ids).logits, model(codes, ids).logits)
 
     @kinds
-    def test_stacks_draw_the_same_codes_with_few_graphs(self, kind):
-        model, ids = tiny_transformer(kind, code_shape=(4, 6, D)), tiny_condition(kind)
-        expected = model.generate(ids, num_images=2, **GREEDY)
-        model.spatial_stack.compile(**self.OPTIONS)
-        model.depth_stack.compile(**self.OPTIONS)
-        assert torch.equal(model.generate(ids, num_images=2, **GREEDY), expected)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # not one for every length of the cache
+    @variants
+    def test_steps_draw_the_same_codes_by_two_graphs(self, kind, overrides):
+        model, ids = tiny_transformer(kind, **overrides), tiny_condition(kind, 3)
+        model.set_attn_implementation("eager" if kind == "class" else "sdpa")
+        expected = model.generate(ids, num_images=3, **GREEDY)
+        model.compile_steps(**self.OPTIONS)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, num_images=3, **GREEDY), expected)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == (1 if model.config.code_shape[:2] == (1, 1) else 2)
+
+    @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "drawn"])
+    @pytest.mark.parametrize("scale", [1.0, 2.5])
+    def test_steps_draw_the_same_codes_with_all_settings(self, settings, scale):
+        model, ids, given = tiny_transformer("class"), tiny_condition("class", 3), tiny_codes(3)
+        call = {**settings, "guidance_scale": scale, "prefix_codes": given, "start": 2, "keep_depth": 1}
+        if scale != 1.0:
+            call["guidance_schedule"] = "cosine"
+        expected = model.generate(ids, **call)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(ids, **call), expected)
+
+    def test_steps_go_on_from_replaced_codes(self):
+        model = tiny_transformer()
+
+        def change_the_first(position, codes):
+            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K if position == 2 else codes[:, 0, 0]
+            return codes
+
+        expected = model.generate(num_images=2, on_position=change_the_first, **GREEDY)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(num_images=2, on_position=change_the_first, **GREEDY), expected)
+
+    def test_steps_see_weights_that_were_changed_moved_or_copied(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        model.compile_steps(**self.OPTIONS)
+        model.generate(ids, **GREEDY)
+        copied = copy.deepcopy(model)
+        torch.nn.init.normal_(copied.code_projection.weight)
+        copied.double()
+        assert torch.equal(copied.generate(ids, **GREEDY), greedy_by_forward(copied, ids))
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+    def test_steps_draw_the_same_codes_when_compiled_to_machine_code(self):
+        model, ids = tiny_transformer("text"), tiny_condition("text", 3)
+        expected = model.generate(ids, **self.SETTINGS[1])
+        model.compile_steps()
+        assert torch.equal(model.generate(ids, **self.SETTINGS[1]), expected)
+
+    def test_refuses_attention_without_masks_and_packed_weights(self):
+        model = tiny_transformer()
+        model.spatial_stack.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="need the attention 'sdpa' or 'eager', got 'flash_attention_2'"):
+            model.compile_steps()
+        model.set_attn_implementation("sdpa")
+        model.compile_steps()
+        with pytest.raises(ValueError, match="compiled is not packed"):
+            model.pack_weights()
+        packed = tiny_transformer()
+        packed.pack_weights()
+        with pytest.raises(ValueError, match="packed weights are not compiled"):
+            packed.compile_steps()
 
 
 class TestPackedWeights:

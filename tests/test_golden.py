@@ -16,7 +16,7 @@ from rq_hf import convert_original_checkpoint
 from rq_hf.convert.tokenizer import convert_tokenizer
 from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
 from rq_hf.images import to_pixels
-from rq_hf.models import sampling
+from rq_hf.models import generation_rqtransformer, sampling
 from rq_hf.models.quantizer import codebook_health, count_codes
 from rq_hf.models.sampling import filter_logits
 
@@ -310,11 +310,11 @@ def test_greedy_completions(case):
 def test_seeded_samples(case, monkeypatch):
     """With their draw, which takes other random numbers than ours: `multinomial` of what top-k and top-p leave."""
 
-    def draw_as_they_do(logits, top_k, top_p, uniform, draw_uniform):
+    def draw_as_they_do(logits, top_k, top_p, uniform):
         return filter_logits(logits, top_k, top_p).softmax(dim=-1).multinomial(1).squeeze(-1)
 
     monkeypatch.setattr(sampling, "draw_codes", draw_as_they_do)
-    monkeypatch.setattr(sampling.CodeSampler, "_uniform", lambda self, images, shape: torch.zeros(len(images), *shape))
+    monkeypatch.setattr(generation_rqtransformer, "draw_uniform", lambda generator, shape, device: torch.zeros(shape))
     transformer, io = golden.converted_pipeline(case).transformer, golden.recorded("stage2", case)
     settings = dict(golden.MANIFEST["stage2"][case]["seeded_sampling"])
     torch.manual_seed(settings.pop("seed"))

@@ -121,6 +121,33 @@ def test_slicing_changes_nothing(vae, pixels):
     assert torch.equal(sliced.codes, whole.codes)
 
 
+class TestFusedBlocks:
+    LEVELS = {
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (8, 16, 12),
+    }
+
+    @pytest.mark.parametrize("height, width", [(4, 8), (20, 12)])
+    def test_leave_codes_and_pictures_as_they_are(self, height, width):
+        vae, pixels = tiny_vae(**self.LEVELS), tiny_pixels(3, height, width)
+        expected = vae(pixels)
+        vae.fuse_blocks()
+        vae.fuse_blocks()
+        actual = vae(pixels)
+        assert torch.equal(actual.codes, expected.codes)
+        assert_close(actual.sample, expected.sample)
+
+    def test_can_be_saved_moved_and_cast(self, tmp_path):
+        vae, pixels = tiny_vae(**self.LEVELS), tiny_pixels(2, 8, 12)
+        expected, weights = vae(pixels).sample, {name: weight.clone() for name, weight in vae.state_dict().items()}
+        vae.fuse_blocks()
+        vae.save_pretrained(tmp_path)
+        torch.testing.assert_close(RQVAEModel.from_pretrained(tmp_path).state_dict(), weights, rtol=0, atol=0)
+        assert_close(vae.double()(pixels.double()).sample.float(), expected)
+        assert {tensor.device.type for tensor in [*vae.to("meta").parameters(), *vae.buffers()]} == {"meta"}
+
+
 def bytes_kept_for_backward(model, pixels):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):

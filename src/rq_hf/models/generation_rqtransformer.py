@@ -12,7 +12,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
 from .quantizer import embed_codes
-from .sampling import CodeSampler, Generators, check_generator
+from .sampling import CodeSampler, Generators, check_generator, draw_uniform
 
 PerDepth = float | Sequence[float]
 
@@ -33,18 +33,21 @@ class StaticKeyValueCache:
     first rows of the batch only, which `expand` then copies to all.
     """
 
+    mask = None
+
     def __init__(self, config, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, 2, batch_size, config.num_attention_heads, max_length, head_dim)
-        self.storage = torch.empty(shape, device=device, dtype=dtype)
+        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = self.storage.unbind()
         self.lengths = [0] * config.num_hidden_layers
 
     def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Appends keys and values `(2, B, heads, t, dim)` of a layer; returns all of them, `(2, B, heads, T, dim)`."""
         start, end = self.lengths[layer_idx], self.lengths[layer_idx] + keys_values.shape[3]
         self.lengths[layer_idx] = end
-        filled = self.storage[layer_idx, :, : keys_values.shape[1], :, :end]
-        filled[:, :, :, start:] = keys_values
+        filled = self.layers[layer_idx].narrow(3, 0, end).narrow(1, 0, keys_values.shape[1])
+        filled.narrow(3, start, end - start).copy_(keys_values)
         return filled
 
     def expand(self, rows: torch.Tensor) -> None:
@@ -56,8 +59,30 @@ class StaticKeyValueCache:
         self.lengths = [0] * len(self.lengths)
 
 
+class MaskedKeyValueCache:
+    """
+    What fills the `storage` of a [`StaticKeyValueCache`] in one compiled step: keys and values are those of all
+    positions each time, with a mask instead of a length, so that all steps have the same shapes.
+
+    Args:
+        storage: of the cache, `(layers, 2, B, heads, max_length, dim)`.
+        index: of the position that is new, a tensor of shape `(1,)`; what comes after it is masked.
+    """
+
+    def __init__(self, storage: torch.Tensor, index: torch.Tensor):
+        self.storage = storage
+        self.index = index
+        self.mask = (torch.arange(storage.shape[-2], device=storage.device) <= index)[None, None, None]
+
+    def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Stores keys and values `(2, B, heads, 1, dim)`; returns those of all positions."""
+        return self.storage[layer_idx].index_copy_(3, self.index, keys_values.to(self.storage.dtype))
+
+
 class RQGenerationMixin(GenerationMixin):
     """`generate` of the RQ-Transformer; [`GenerationMixin`] only keeps, saves and loads the `generation_config`."""
+
+    _compile_options = None
 
     @apply_forward_hook
     @torch.no_grad()
@@ -124,63 +149,33 @@ class RQGenerationMixin(GenerationMixin):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
-        guided = any(scale != 1.0 for scale in settings["guidance_scale"])
-        self._check_guidance(guided, settings["guidance_scale"], guidance_schedule, negative_cond_ids)
+        guidance_scale = settings.pop("guidance_scale")
+        guided = any(scale != 1.0 for scale in guidance_scale)
+        self._check_guidance(guided, guidance_scale, guidance_schedule, negative_cond_ids)
         batch_size = self._resolve_batch_size(cond_ids, num_images, prefix_codes)
         check_generator(generator, batch_size)
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size).to(self.device)
         codes = self._prepare_codes(prefix_codes, start, keep_depth, batch_size)  # (B, T, D)
         if guided:
             cond_ids = torch.cat([cond_ids, self._negative(negative_cond_ids, cond_ids)])
-        sampler = CodeSampler(
-            generator,
-            (batch_size, num_positions - start, depth),
-            **{name: settings[name] for name in ("do_sample", "temperature", "top_k", "top_p")},
-            device=self.device,
-        )
+        scales = self._guidance_over_positions(guidance_scale, guidance_schedule) if guided else [None] * num_positions
+        sampler = CodeSampler(**settings)
+        shape = (batch_size, num_positions - start, depth, sampler.num_candidates)
+        uniform = draw_uniform(generator, shape, self.device)
 
-        cache_kwargs = {"batch_size": len(cond_ids), "device": self.device, "dtype": self._cache_dtype()}
-        max_length = self.config.cond_length + num_positions
-        spatial_cache = StaticKeyValueCache(self.config.spatial_config, max_length=max_length, **cache_kwargs)
-        depth_cache = StaticKeyValueCache(self.config.depth_config, max_length=depth, **cache_kwargs)
-
-        def embed(codes):  # once more for the unconditional half
-            codewords = embed_codes(codes, self.codebook)
-            return torch.cat([codewords, codewords]) if guided else codewords
-
-        def read_prefix(length):  # context (B, E) after the condition and the first positions
-            spatial_cache.reset()
-            if length == 0:  # images of one condition share it
-                distinct, rows = cond_ids.unique(dim=0, return_inverse=True)
-                contexts = self.spatial_stack(self.embed_condition(distinct), spatial_cache)
-                spatial_cache.expand(rows)
-                return contexts[rows, -1]
-            positions = self.embed_positions(embed(codes[:, :length]))
-            inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L + length, E)
-            return self.spatial_stack(inputs, spatial_cache)[:, -1]
-
+        next_context, draw_position = self._steps()
+        cache = self._spatial_cache(len(cond_ids))
+        indices = torch.arange(num_positions, device=self.device)
+        largest_logits = torch.zeros(batch_size, device=self.device)  # summed up
         reads_prefix = True  # otherwise the position drawn last is all that is new
         for position in range(start, num_positions):
             if reads_prefix:
-                context = read_prefix(position)
+                context = self._read_prefix(cond_ids, codes[:, :position], cache)
             else:
-                newest = embed(codes[:, position - 1 : position])
-                context = self.spatial_stack(self.embed_positions(newest, position - 1), spatial_cache)[:, -1]
-            depth_cache.reset()
-            for d in range(keep_depth, depth):
-                codewords = embed(codes[:, position, :d])
-                if d == keep_depth:
-                    depth_input = self.embed_depths(context, codewords)  # (B, 1 + d, E)
-                else:
-                    depth_input = self.embed_depth(context, codewords)  # (B, 1, E)
-                hidden_states = self.depth_stack(depth_input, depth_cache)[:, -1:]
-                logits = self.classifier(hidden_states, first_depth=d)[:, 0].float()  # (B, K)
-                if guided:
-                    conditional, null = logits.chunk(2)
-                    progress = GUIDANCE_SCHEDULES[guidance_schedule](position / max(1, num_positions - 1))
-                    scale = 1 + (settings["guidance_scale"][d] - 1) * progress
-                    logits = null + scale * (conditional - null)
-                codes[:, position, d] = sampler.draw(logits, position - start, d)
+                context = next_context(codes[:, position - 1], indices[position - 1 : position], cache)
+            kept, numbers = codes[:, position, :keep_depth], uniform[:, position - start]
+            codes[:, position], largest = draw_position(context, kept, numbers, scales[position], sampler)
+            largest_logits += largest
             reads_prefix = False
             if on_position is not None:
                 codes_map = codes.view(batch_size, height, width, depth)
@@ -190,8 +185,106 @@ class RQGenerationMixin(GenerationMixin):
                         raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
                     codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
                     reads_prefix = True
-        sampler.check()
+        if not largest_logits.isfinite().all():  # asked once, for a device would be waited for
+            raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
         return codes.view(batch_size, height, width, depth)
+
+    def compile_steps(self, **options) -> None:
+        """
+        Compiles the two steps of sampling with fixed shapes, for a device: [`~torch.compile`] makes each of them one
+        graph that nothing has to wait for, by default a CUDA graph (`mode="reduce-overhead"`). The first call with
+        every number of images takes minutes. Codes stay the same; the model can be trained, moved and saved as ever.
+
+        Between calls the memory of keys and values is kept, for every number of images that was drawn.
+
+        Raises `ValueError` for an attention that takes no mask, such as flash attention, and for packed weights.
+        """
+        if self.is_packed:
+            raise ValueError("packed weights are not compiled: load the model anew")
+        attention = self.config.spatial_config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"compiled steps need the attention 'sdpa' or 'eager', got {attention!r}")
+        self._compile_options = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False} | options
+
+    def _steps(self) -> tuple[Callable, Callable]:
+        """[`_next_context`] and [`_draw_position`], as they are run."""
+        steps = self._next_context, self._draw_position
+        if self.is_packed:  # for one image, what autograd notes down takes a tenth of the time
+            return tuple(torch.inference_mode()(step) for step in steps)
+        if self._compile_options is None:
+            return steps
+        next_context = torch.compile(self._next_context_of_fixed_shape, **self._compile_options)
+        draw_position = torch.compile(self._draw_position, **self._compile_options)
+        # The next replay of a graph overwrites what this one returned.
+        return (
+            lambda codes, index, cache: next_context(codes, index, cache.storage).clone(),
+            lambda *args: [out.clone() for out in draw_position(*args)],
+        )
+
+    def _spatial_cache(self, num_rows: int) -> StaticKeyValueCache:
+        """An empty one; for compiled steps, whose graphs hold its address, always the same."""
+        height, width, _ = self.config.code_shape
+        shape = (num_rows, self.config.cond_length + height * width, self.device, self._cache_dtype())
+        if self._compile_options is None:
+            return StaticKeyValueCache(self.config.spatial_config, *shape)
+        if shape not in self._kept_caches:
+            self._kept_caches[shape] = StaticKeyValueCache(self.config.spatial_config, *shape)
+            torch._dynamo.mark_static_address(self._kept_caches[shape].storage)
+        self._kept_caches[shape].storage.zero_()
+        return self._kept_caches[shape]
+
+    def _read_prefix(self, cond_ids, codes, cache) -> torch.Tensor:
+        """Context `(B, E)` of the position after the condition `(B, L)` and the positions `(B, t, D)`."""
+        cache.reset()
+        if codes.shape[1] == 0:  # images of one condition share it
+            distinct, rows = cond_ids.unique(dim=0, return_inverse=True)
+            contexts = self.spatial_stack(self.embed_condition(distinct), cache)
+            cache.expand(rows)
+            return contexts[rows, -1]
+        codes = codes.repeat(len(cond_ids) // len(codes), 1, 1)  # once more for the unconditional half
+        positions = self.embed_positions(embed_codes(codes, self.codebook))
+        inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L + t, E)
+        return self.spatial_stack(inputs, cache)[:, -1]
+
+    def _next_context(self, codes, index, cache) -> torch.Tensor:
+        """Context `(B, E)` of the position after the one with this index `(1,)`, whose codes `(B, D)` are new."""
+        codes = codes.repeat(cache.storage.shape[2] // len(codes), 1)  # once more for the unconditional half
+        codewords = embed_codes(codes[:, None], self.codebook)
+        return self.spatial_stack(self.embed_positions(codewords, index), cache)[:, -1]
+
+    def _next_context_of_fixed_shape(self, codes, index, storage) -> torch.Tensor:
+        return self._next_context(codes, index, MaskedKeyValueCache(storage, self.config.cond_length + index))
+
+    def _draw_position(self, context, kept, uniform, scales, sampler) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Draws the codes of one position, coarse to fine.
+
+        Args:
+            context: `(B, E)`, or `(2·B, E)` with guidance.
+            kept: codes `(B, d)` that are given.
+            uniform: numbers in [0, 1), `(B, D, R)`.
+            scales: of guidance, `(D,)`; or `None`.
+
+        Returns:
+            codes `(B, D)` and the sum of their largest logits `(B,)`.
+        """
+        depth = self.config.code_shape[-1]
+        cache = StaticKeyValueCache(self.config.depth_config, len(context), depth, context.device, self._cache_dtype())
+        codes, largest = kept, 0
+        for d in range(kept.shape[-1], depth):
+            codewords = embed_codes(codes.repeat(len(context) // len(codes), 1), self.codebook)  # (B, d, C)
+            if d == kept.shape[-1]:
+                inputs = self.embed_depths(context, codewords)  # (B, 1 + d, E)
+            else:
+                inputs = self.embed_depth(context, codewords)  # (B, 1, E)
+            hidden_states = self.depth_stack(inputs, cache)[:, -1:]
+            logits = self.classifier(hidden_states, first_depth=d)[:, 0].float()  # (B, K)
+            if scales is not None:
+                conditional, null = logits.chunk(2)
+                logits = null + scales[d] * (conditional - null)
+            largest = largest + logits.amax(dim=-1)
+            codes = torch.cat([codes, sampler.draw(logits, uniform[:, d], d)[:, None]], dim=-1)
+        return codes, largest
 
     def _resolve_settings(self, generation_config: GenerationConfig | None, **given) -> dict:
         """Fills what was not given from the generation config, and checks it; lists have one value per depth."""
@@ -233,6 +326,13 @@ class RQGenerationMixin(GenerationMixin):
                 f"guidance_scale={scales} needs a model with a null condition, but config.null_cond_id is None; "
                 "or give negative_cond_ids"
             )
+
+    def _guidance_over_positions(self, scales, schedule) -> torch.Tensor:
+        """Scales of guidance `(T, D)`."""
+        height, width, _ = self.config.code_shape
+        last = max(1, height * width - 1)
+        progress = torch.tensor([GUIDANCE_SCHEDULES[schedule](position / last) for position in range(height * width)])
+        return (1 + (torch.tensor(scales) - 1) * progress[:, None]).to(self.device)
 
     def _negative(self, negative_cond_ids, cond_ids) -> torch.Tensor:
         """What guidance leads away from, `(B, L)`."""

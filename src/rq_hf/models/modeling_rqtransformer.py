@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
 from .generation_rqtransformer import RQGenerationMixin
 from .losses import codes_cross_entropy
-from .packing import PackedLinear, fuse_block, pack_linear_maps
+from .packing import FusedForward, PackedLinear, pack_linear_maps
 from .quantizer import check_codes, check_range, embed_codes
 
 
@@ -43,10 +43,10 @@ class RQTransformerOutput(ModelOutput):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(q·kᵀ·scaling)·v with a causal mask. (B, heads, T, dim) -> (B, T, heads, dim)"""
+    """softmax(q·kᵀ·scaling)·v with a causal or a given boolean mask. (B, heads, T, dim) -> (B, T, heads, dim)"""
     scores = query @ key.transpose(-2, -1) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif query.shape[2] > 1:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
@@ -77,7 +77,8 @@ class RQAttention(nn.Module):
         query = query.to(key.dtype)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        mask = None if cache is None else cache.mask
+        output, _ = attention(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
         return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype))
 
 
@@ -218,6 +219,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         self.depth_position_embedding = nn.Parameter(torch.empty(depth, hidden_size))
         self.depth_stack = RQStack._from_config(config.depth_config)
         self.classifier = RQClassifier(config)
+        self._kept_caches = {}  # of compiled sampling
         self.post_init()
 
     @torch.no_grad()
@@ -296,11 +298,12 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         """Condition ids `(B, L)` -> inputs of the spatial stack `(B, L, E)`."""
         return self.cond_embedding(cond_ids) + self.cond_position_embedding
 
-    def embed_positions(self, codewords: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Codewords `(B, t, D, C)` of the positions from `start` on -> inputs `(B, t, E)` of the spatial stack, from
-        which the positions after them are predicted (section 3.2.2)."""
-        position_embedding = self.spatial_position_embedding[start : start + codewords.shape[1]]
-        return self._project(self.code_projection, codewords).sum(dim=-2) + position_embedding
+    def embed_positions(self, codewords: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """Codewords `(B, t, D, C)` of the first positions, or those with `indices` `(t,)` -> inputs `(B, t, E)` of the
+        spatial stack, from which the positions after them are predicted (section 3.2.2)."""
+        embedding = self.spatial_position_embedding
+        embedding = embedding[: codewords.shape[1]] if indices is None else embedding[indices]
+        return self._project(self.code_projection, codewords).sum(dim=-2) + embedding
 
     def embed_depths(self, contexts: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack."""
@@ -327,19 +330,23 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         Lays out the weights for fast sampling on a CPU, in place; codes stay the same. Saving still works, training,
         moving and casting no longer.
 
-        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, or without oneDNN.
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, without oneDNN, or after
+        [`compile_steps`].
         """
         if self.is_packed:
             return
+        if self._compile_options is not None:
+            raise ValueError("a model whose steps are compiled is not packed: load it anew")
         if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"weights are packed on a CPU, in float32 or bfloat16; this model is on {self.device} in {self.dtype}"
             )
         if not torch.backends.mkldnn.is_available():
             raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
+        self.requires_grad_(False)
         pack_linear_maps(self)
         for block in (*self.spatial_stack.layers, *self.depth_stack.layers):
-            fuse_block(block)
+            block.forward = FusedForward(block)
         self.classifier.pack()
 
     @property

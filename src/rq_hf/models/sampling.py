@@ -1,15 +1,16 @@
 """Drawing codes from logits: temperature, top-k, top-p, and where the random numbers come from.
 
-Shapes: `B` images, `T` positions that are drawn, `D` quantization depth, `K` codebook size.
+Shapes: `B` images, `D` quantization depth, `K` codebook size, `R` candidates for a code.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-# Below this p rejection would try too often: codes are drawn from the nucleus alone, found by sorting.
+# Below this p most codes that are drawn would be outside the nucleus: it is found by sorting instead.
 MIN_ACCEPTANCE = 0.5
 
 Generators = torch.Generator | Sequence[torch.Generator | int] | None
@@ -28,80 +29,60 @@ def check_generator(generator: Generators, batch_size: int) -> None:
         raise ValueError("every image needs a generator of its own, got one of them twice")
 
 
+def draw_uniform(generator: Generators, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Float64 numbers in [0, 1) of shape `(B, ...)`; with a generator per image, every image has those of its own."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if isinstance(generator, Sequence):
+        generators = [torch.Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
+        rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generators]
+        return torch.stack(rows)
+    where = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(device)
+
+
+@dataclass(frozen=True)
 class CodeSampler:
     """
-    Draws all codes of one call of `generate`.
-
-    For every code an image has one uniform number, taken at the start from the image's own generator; a code that is
-    drawn again takes further ones. With a generator per image its codes therefore do not depend on the others.
+    How codes are drawn from logits.
 
     Args:
-        generator: one for the batch, or one per image, as generators or seeds; `None` is the default generator.
-        shape: `(B, T, D)`.
         do_sample: `False` takes the most likely code each time.
         temperature, top_k, top_p: one per depth.
     """
 
-    def __init__(
-        self,
-        generator: Generators,
-        shape: tuple[int, int, int],
-        do_sample: bool,
-        temperature: Sequence[float],
-        top_k: Sequence[int],
-        top_p: Sequence[float],
-        device: torch.device,
-    ):
-        self.do_sample = do_sample
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.device = device
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.generator = generator
-        if isinstance(generator, Sequence):
-            self.generator = [torch.Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
-        self.largest_logits = torch.zeros(shape[0], device=device)  # summed up
-        if do_sample:
-            self.uniform = self._uniform(torch.arange(shape[0]), shape[1:])  # (B, T, D)
+    do_sample: bool
+    temperature: Sequence[float]
+    top_k: Sequence[int]
+    top_p: Sequence[float]
 
-    def draw(self, logits: torch.Tensor, position: int, depth: int) -> torch.Tensor:
-        """Codes `(B,)` from float32 logits `(B, K)` of the position and depth with these indices."""
-        self.largest_logits += logits.amax(dim=-1)
+    @property
+    def num_candidates(self) -> int:
+        """R, the uniform numbers that every code needs."""
+        return max(num_candidates(p) for p in self.top_p) if self.do_sample else 0
+
+    def draw(self, logits: torch.Tensor, uniform: torch.Tensor, depth: int) -> torch.Tensor:
+        """Codes `(B,)` of the depth with this index from float32 logits `(B, K)` and `(B, R)` numbers in [0, 1)."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        return draw_codes(
-            logits / self.temperature[depth],
-            self.top_k[depth],
-            self.top_p[depth],
-            self.uniform[:, position, depth],
-            self._uniform,
-        )
-
-    def check(self) -> None:
-        """Raises `ValueError` if any logits so far were NaN or +inf. Asked once, for a device would be waited for."""
-        if not self.largest_logits.isfinite().all():
-            raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
-
-    def _uniform(self, images: torch.Tensor, shape: Sequence[int] = ()) -> torch.Tensor:
-        """Numbers in [0, 1) for some images of the batch, `(len(images), *shape)`."""
-        if isinstance(self.generator, list):
-            rows = [self.generator[i] for i in images.tolist()]
-            numbers = [torch.rand(shape, generator=g, device=g.device, dtype=self.dtype).to(self.device) for g in rows]
-            return torch.stack(numbers)
-        device = self.device if self.generator is None else self.generator.device
-        numbers = torch.rand(len(images), *shape, generator=self.generator, device=device, dtype=self.dtype)
-        return numbers.to(self.device)
+        return draw_codes(logits / self.temperature[depth], self.top_k[depth], self.top_p[depth], uniform)
 
 
-def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Tensor, draw_uniform) -> torch.Tensor:
+def num_candidates(top_p: float) -> int:
+    """So many codes are drawn until one is inside the nucleus: that none is, is less likely than the rounding (2⁻⁵³)
+    of the uniform numbers that they are drawn by."""
+    if top_p == 1 or top_p < MIN_ACCEPTANCE:
+        return 1
+    return math.ceil(53 / -math.log2(1 - top_p))
+
+
+def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
     """
     One code per row of logits `(B, K)` float32, distributed as softmax([`filter_logits`]): `(B,)`.
 
-    `uniform` `(B,)` in [0, 1) is looked up in the cumulative distribution. On a CPU nothing is sorted for top-p: a
-    code outside the nucleus is drawn again with new numbers from `draw_uniform`(rows), on average 1/p − 1 times.
+    The numbers `(B, R)` in [0, 1), R ≥ [`num_candidates`], are looked up in the cumulative distribution. For top-p
+    nothing is sorted: of these candidates the first one inside the nucleus is taken.
     """
-    rejects = logits.device.type == "cpu" and MIN_ACCEPTANCE <= top_p < 1
+    rejects = num_candidates(top_p) > 1
     if rejects:
         masses = logits.softmax(dim=-1)
         if top_k < logits.shape[-1]:
@@ -109,22 +90,43 @@ def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Te
     else:
         masses = filter_logits(logits, top_k, top_p).softmax(dim=-1)
     cumulative = masses.cumsum(dim=-1, dtype=uniform.dtype)
-    codes = look_up(cumulative, uniform)
-    if rejects:
-        nucleus = top_p * cumulative[:, -1]
-        rows = (mass_before(masses, codes) >= nucleus).nonzero().squeeze(-1)
-        while len(rows):
-            codes[rows] = look_up(cumulative[rows], draw_uniform(rows))
-            rows = rows[mass_before(masses[rows], codes[rows]) >= nucleus[rows]]
-    return codes
+    candidates = look_up(cumulative, uniform[:, : num_candidates(top_p)])
+    if not rejects:
+        return candidates[:, 0]
+    return first_inside(masses, candidates, top_p * cumulative[:, -1])
+
+
+def must_not_wait(logits: torch.Tensor) -> bool:
+    """Whether looking at a result would hold up a device, or end a graph that is being compiled."""
+    return logits.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def look_up(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The code into whose share of the cumulative distribution `(B, K)` a number `(B,)` in [0, 1) falls: `(B,)`."""
+    """The codes into whose shares of the cumulative masses `(B, K)` numbers `(B, R)` in [0, 1) fall: `(B, R)`."""
     total = cumulative[:, -1:].contiguous()
-    codes = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    codes = torch.searchsorted(cumulative, uniform * total, right=True)
     last_possible = torch.searchsorted(cumulative, total)  # the product may be rounded up to the total; NaN is beyond
-    return torch.minimum(codes, last_possible).clamp(max=cumulative.shape[-1] - 1).squeeze(-1)
+    return torch.minimum(codes, last_possible).clamp(max=cumulative.shape[-1] - 1)
+
+
+def first_inside(masses: torch.Tensor, candidates: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:
+    """
+    The first of the candidates `(B, R)` that is inside the nucleus, and the first of all if none is: `(B,)`.
+
+    A code is inside while its [`mass_before`], of masses `(B, K)`, is below `nucleus` `(B,)`. On a CPU that is looked
+    at by numpy, row after row: most often one candidate is enough.
+    """
+    if must_not_wait(masses):
+        inside = torch.stack([mass_before(masses, codes) < nucleus for codes in candidates.unbind(-1)], dim=-1)
+        return candidates.gather(-1, inside.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+    def is_inside(row, code, limit):
+        own = row[code]
+        return row[row > own].sum() + (row[:code] == own).sum() * own < limit
+
+    rows = zip(masses.numpy(), candidates.tolist(), nucleus.tolist())
+    chosen = [next((code for code in codes if is_inside(row, code, limit)), codes[0]) for row, codes, limit in rows]
+    return torch.tensor(chosen)
 
 
 def mass_before(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -138,7 +140,7 @@ def mass_before(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 def kth_largest(logits: torch.Tensor, k: int) -> torch.Tensor:
     """`(B, K)` -> `(B, 1)`. On a CPU by numpy, whose selection is five times as fast as torch's."""
-    if logits.device.type == "cpu":
+    if not must_not_wait(logits):
         rank = logits.shape[-1] - k
         return torch.from_numpy(np.partition(logits.numpy(), rank, axis=-1)[:, rank : rank + 1])
     return logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)

@@ -300,11 +300,19 @@ class RQPipeline(DiffusionPipeline):
             raise ValueError(f"scorer must return a number for each of {len(images)} pictures, got {scores}")
         return scores.cpu()
 
-    def pack_weights(self) -> None:
-        """Makes drawing several times faster on a CPU: see [`RQTransformerModel.pack_weights`]. The weights of the
-        RQ-VAE become channels-last, which decodes a little faster."""
-        self.transformer.pack_weights()
-        self.vae.to(memory_format=torch.channels_last)
+    def compile(self) -> None:
+        """
+        Makes drawing and decoding several times faster on the device where the pipeline is; codes stay the same.
+
+        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast; elsewhere by
+        [`RQTransformerModel.compile_steps`], which takes minutes in the first call with every number of images. For
+        the pictures see [`RQVAEModel.fuse_blocks`].
+        """
+        if self.transformer.device.type == "cpu":
+            self.transformer.pack_weights()
+        else:
+            self.transformer.compile_steps()
+        self.vae.fuse_blocks()
 
     @torch.no_grad()
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
