@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import KINDS, K, same_state, tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tiny import KINDS, K, same_state, tiny_codes, tiny_condition, tiny_pipeline, tiny_tokenizer, tiny_transformer
 from transformers import AutoModel
 
 import rq_hf
@@ -134,6 +134,39 @@ def test_pipeline_of_the_same_components():
     pipe = tiny_pipeline("text")
     assert_same_pipeline(RQPipeline(**pipe.components), pipe, "text")
     assert_same_pipeline(RQPipeline.from_pipe(pipe), pipe, "text")
+
+
+@kinds
+def test_weights_may_stay_on_disk(tmp_path, kind):
+    model, ids, codes = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+    model.save_pretrained(tmp_path)
+    third = sum(p.nbytes for p in model.parameters()) // 3
+    offloaded = RQTransformerModel.from_pretrained(
+        tmp_path, device_map="auto", max_memory={"cpu": third}, offload_folder=tmp_path / "offload"
+    )
+    assert {"cpu", "disk"} == set(offloaded.hf_device_map.values())
+    torch.testing.assert_close(offloaded(codes, ids).logits, model(codes, ids).logits)
+    settings = {"num_images": 2, "generator": [1, 2]}
+    assert torch.equal(offloaded.generate(ids, **settings), model.generate(ids, **settings))
+
+
+@kinds
+@pytest.mark.parametrize("device_map", ["cpu", "balanced"])
+def test_pipeline_loads_with_a_device_map(tmp_path, kind, device_map):
+    pipe = tiny_pipeline(kind)
+    pipe.save_pretrained(tmp_path)
+    assert_same_pipeline(RQPipeline.from_pretrained(tmp_path, device_map=device_map), pipe, kind)
+
+
+@kinds
+def test_pipeline_draws_with_model_offload(kind):
+    pipe = tiny_pipeline(kind)
+    expected = draw(pipe, kind)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        actual = draw(pipe, kind)
+        assert torch.equal(actual.codes, expected.codes)
+        assert torch.equal(actual.images, expected.images)
 
 
 @pytest.mark.parametrize("loader", [RQVAEModel, diffusers.AutoModel])
