@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_codes, tiny_condition, tiny_transformer
-from transformers import TorchAoConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from rq_hf import RQTransformerModel
 
@@ -59,13 +59,23 @@ class TestLoRA:
         torch.testing.assert_close(mixed_in(codes, ids).logits, expected)
 
 
-def test_int8_weights_change_the_probabilities_little(tmp_path):
+def divergence_of_int8(tmp_path, config):
+    """KL(float32 ‖ int8) per code, in nats, of a model and the same one loaded with 8-bit weights."""
     model, codes, ids = tiny_transformer("class"), tiny_codes(8), tiny_condition("class", 8)
     model.save_pretrained(tmp_path)
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: rq_hf[int8]")
-    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     quantized = RQTransformerModel.from_pretrained(tmp_path, quantization_config=config).eval()
-    log_p, log_q = (m(codes, ids).logits.float().log_softmax(dim=-1) for m in (model, quantized))
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
-    assert 0 < divergence < 0.01
     assert quantized.generate(ids, **GREEDY).shape == codes.shape
+    log_p, log_q = (m(codes, ids).logits.float().log_softmax(dim=-1) for m in (model, quantized))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
+
+
+def test_torchao_changes_the_probabilities_little(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: rq_hf[int8]")
+    assert 0 < divergence_of_int8(tmp_path, TorchAoConfig(quantization.Int8WeightOnlyConfig())) < 0.01
+
+
+def test_bitsandbytes_changes_the_probabilities_little(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    skip = ["code_projection", "depth_projection"]
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    assert 0 < divergence_of_int8(tmp_path, config) < 0.01
