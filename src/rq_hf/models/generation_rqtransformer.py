@@ -36,10 +36,14 @@ class StaticKeyValueCache:
     mask = None
 
     def __init__(self, config, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
-        head_dim = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, batch_size, config.num_attention_heads, max_length, head_dim)
-        self.storage = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = self.storage.unbind()
+        shape = (
+            2,
+            batch_size,
+            config.num_attention_heads,
+            max_length,
+            config.hidden_size // config.num_attention_heads,
+        )
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * config.num_hidden_layers
 
     def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
@@ -52,8 +56,8 @@ class StaticKeyValueCache:
 
     def expand(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` is."""
-        filled = self.storage[..., : self.lengths[0], :]
-        filled.copy_(filled[:, :, rows])
+        for layer, length in zip(self.layers, self.lengths):
+            layer[..., :length, :] = layer[:, rows, :, :length]
 
     def reset(self) -> None:
         self.lengths = [0] * len(self.lengths)
@@ -61,22 +65,23 @@ class StaticKeyValueCache:
 
 class MaskedKeyValueCache:
     """
-    What fills the `storage` of a [`StaticKeyValueCache`] in one compiled step: keys and values are those of all
-    positions each time, with a mask instead of a length, so that all steps have the same shapes.
+    What fills the layers of a [`StaticKeyValueCache`] in one compiled step: keys and values are those of all positions
+    each time, with a mask instead of a length, so that all steps have the same shapes.
 
     Args:
-        storage: of the cache, `(layers, 2, B, heads, max_length, dim)`.
+        layers: of the cache, `(2, B, heads, max_length, dim)` each.
         index: of the position that is new, a tensor of shape `(1,)`; what comes after it is masked.
     """
 
-    def __init__(self, storage: torch.Tensor, index: torch.Tensor):
-        self.storage = storage
+    def __init__(self, layers: Sequence[torch.Tensor], index: torch.Tensor):
+        self.layers = layers
         self.index = index
-        self.mask = (torch.arange(storage.shape[-2], device=storage.device) <= index)[None, None, None]
+        self.mask = (torch.arange(layers[0].shape[3], device=index.device) <= index)[None, None, None]
 
     def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Stores keys and values `(2, B, heads, 1, dim)`; returns those of all positions."""
-        return self.storage[layer_idx].index_copy_(3, self.index, keys_values.to(self.storage.dtype))
+        layer = self.layers[layer_idx]
+        return layer.index_copy_(3, self.index, keys_values.to(layer.dtype))
 
 
 class RQGenerationMixin(GenerationMixin):
@@ -217,7 +222,7 @@ class RQGenerationMixin(GenerationMixin):
         draw_position = torch.compile(self._draw_position, **self._compile_options)
         # The next replay of a graph overwrites what this one returned.
         return (
-            lambda codes, index, cache: next_context(codes, index, cache.storage).clone(),
+            lambda codes, index, cache: next_context(codes, index, cache.layers).clone(),
             lambda *args: [out.clone() for out in draw_position(*args)],
         )
 
@@ -229,9 +234,10 @@ class RQGenerationMixin(GenerationMixin):
             return StaticKeyValueCache(self.config.spatial_config, *shape)
         if shape not in self._kept_caches:
             self._kept_caches[shape] = StaticKeyValueCache(self.config.spatial_config, *shape)
-            torch._dynamo.mark_static_address(self._kept_caches[shape].storage)
-        self._kept_caches[shape].storage.zero_()
-        return self._kept_caches[shape]
+        cache = self._kept_caches[shape]
+        for layer in cache.layers:
+            torch._dynamo.mark_static_address(layer.zero_())
+        return cache
 
     def _read_prefix(self, cond_ids, codes, cache) -> torch.Tensor:
         """Context `(B, E)` of the position after the condition `(B, L)` and the positions `(B, t, D)`."""
@@ -248,12 +254,12 @@ class RQGenerationMixin(GenerationMixin):
 
     def _next_context(self, codes, index, cache) -> torch.Tensor:
         """Context `(B, E)` of the position after the one with this index `(1,)`, whose codes `(B, D)` are new."""
-        codes = codes.repeat(cache.storage.shape[2] // len(codes), 1)  # once more for the unconditional half
+        codes = codes.repeat(cache.layers[0].shape[1] // len(codes), 1)  # once more for the unconditional half
         codewords = embed_codes(codes[:, None], self.codebook)
         return self.spatial_stack(self.embed_positions(codewords, index), cache)[:, -1]
 
-    def _next_context_of_fixed_shape(self, codes, index, storage) -> torch.Tensor:
-        return self._next_context(codes, index, MaskedKeyValueCache(storage, self.config.cond_length + index))
+    def _next_context_of_fixed_shape(self, codes, index, layers) -> torch.Tensor:
+        return self._next_context(codes, index, MaskedKeyValueCache(layers, self.config.cond_length + index))
 
     def _draw_position(self, context, kept, uniform, scales, sampler) -> tuple[torch.Tensor, torch.Tensor]:
         """

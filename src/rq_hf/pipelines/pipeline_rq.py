@@ -304,9 +304,9 @@ class RQPipeline(DiffusionPipeline):
         """
         Makes drawing and decoding several times faster on the device where the pipeline is; codes stay the same.
 
-        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast; elsewhere by
-        [`RQTransformerModel.compile_steps`], which takes minutes in the first call with every number of images. For
-        the pictures see [`RQVAEModel.fuse_blocks`].
+        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast; elsewhere
+        by [`RQTransformerModel.compile_steps`], which takes minutes in the first call with every number of images.
+        For the pictures see [`RQVAEModel.fuse_blocks`].
         """
         if self.transformer.device.type == "cpu":
             self.transformer.pack_weights()
