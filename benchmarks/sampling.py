@@ -62,6 +62,7 @@ class Case:
     batch_size: int
     width: int | None = None  # of a transformer; None decodes
     num_layers: int = 12
+    depth_layers: int = 4
     codebook_size: int = 16384
     top_k: int | None = None
     top_p: float = 1.0
@@ -84,7 +85,10 @@ def transformer_arch(case):
     arch = {"block_size": case.code_shape, "embed_dim": case.width, "input_embed_dim": C, "embd_pdrop": 0.0}
     arch |= {"vocab_size": case.codebook_size, "vocab_size_cond": case.batch_size, "block_size_cond": 1}
     arch |= dict.fromkeys(FLAGS, True)
-    return arch | {"body": {"n_layer": case.num_layers, "block": block}, "head": {"n_layer": 4, "block": block}}
+    return arch | {
+        "body": {"n_layer": case.num_layers, "block": block},
+        "head": {"n_layer": case.depth_layers, "block": block},
+    }
 
 
 def import_transformers(reference):
@@ -118,12 +122,13 @@ def transformer_sampler(case, name, reference):
 
         def run(greedy=False):
             top_k, top_p = (1, None) if greedy else (case.top_k, case.top_p)
-            return theirs.sample(start, vae, cond_ids, temperature=TEMPERATURE, top_k=top_k, top_p=top_p)
+            amp = start.is_cuda
+            return theirs.sample(start, vae, cond_ids, temperature=TEMPERATURE, top_k=top_k, top_p=top_p, amp=amp)
     else:
         if "bf16" in name:
             model.to(torch.bfloat16)
         if "compiled" in name:
-            model.pack_weights()
+            model.pack_weights() if model.device.type == "cpu" else model.compile_steps()
         methods = [(model.spatial_stack, "forward"), (model.depth_stack, "forward")]
         methods += [(model.classifier, "forward"), (CodeSampler, "draw")]
         settings = {"temperature": TEMPERATURE, "top_k": case.top_k, "top_p": case.top_p}
@@ -222,10 +227,16 @@ def machine_rates(threads):
     return rates
 
 
+def weights_of_position(case):
+    """Weights that the codes of one position are multiplied by, as often as they are."""
+    block, depth = 12 * case.width**2, case.code_shape[-1]
+    return case.num_layers * block + depth * (case.depth_layers * block + case.codebook_size * case.width)
+
+
 def bound(case, dtype):
     """Seconds per image that no implementation can do without."""
     operations_per_second, bandwidth = machine_rates(case.threads)
-    height, width, depth = case.code_shape
+    height, width, _ = case.code_shape
     if not case.width:
         with torch.device("meta"):
             model = RQVAEModel.from_preset("imagenet-480m")
@@ -233,8 +244,7 @@ def bound(case, dtype):
             with FlopCounterMode(display=False) as counter:
                 model.decode(torch.empty(1, C, height, width))
         return counter.get_total_flops() / operations_per_second[dtype]
-    block = 12 * case.width**2
-    weights = height * width * (case.num_layers * block + depth * (4 * block + case.codebook_size * case.width))
+    weights = height * width * weights_of_position(case)
     return weights * max(2 / operations_per_second[dtype], dtype.itemsize / bandwidth / case.batch_size)
 
 
