@@ -36,13 +36,8 @@ class StaticKeyValueCache:
     mask = None
 
     def __init__(self, config, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype):
-        shape = (
-            2,
-            batch_size,
-            config.num_attention_heads,
-            max_length,
-            config.hidden_size // config.num_attention_heads,
-        )
+        num_heads = config.num_attention_heads
+        shape = (2, batch_size, num_heads, max_length, config.hidden_size // num_heads)
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * config.num_hidden_layers
 
@@ -76,7 +71,7 @@ class MaskedKeyValueCache:
     def __init__(self, layers: Sequence[torch.Tensor], index: torch.Tensor):
         self.layers = layers
         self.index = index
-        self.mask = (torch.arange(layers[0].shape[3], device=index.device) <= index)[None, None, None]
+        self.mask = (torch.arange(layers[0].shape[3], device=index.device) <= index)[None, None, None]  # (1, 1, 1, T)
 
     def update(self, keys_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Stores keys and values `(2, B, heads, 1, dim)`; returns those of all positions."""

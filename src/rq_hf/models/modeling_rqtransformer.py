@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
 from .generation_rqtransformer import RQGenerationMixin
 from .losses import codes_cross_entropy
-from .packing import FusedForward, PackedLinear, pack_linear_maps
+from .packing import FusedForward, PackedLinear, check_plain, pack_linear_maps
 from .quantizer import check_codes, check_range, embed_codes
 
 
@@ -330,8 +330,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         Lays out the weights for fast sampling on a CPU, in place; codes stay the same. Saving still works, training,
         moving and casting no longer.
 
-        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, without oneDNN, or after
-        [`compile_steps`].
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for quantized weights and
+        adapters that are not merged, without oneDNN, or after [`compile_steps`].
         """
         if self.is_packed:
             return
@@ -343,9 +343,11 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             )
         if not torch.backends.mkldnn.is_available():
             raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
+        blocks = (*self.spatial_stack.layers, *self.depth_stack.layers)
+        check_plain(blocks)
         self.requires_grad_(False)
         pack_linear_maps(self)
-        for block in (*self.spatial_stack.layers, *self.depth_stack.layers):
+        for block in blocks:
             block.forward = FusedForward(block)
         self.classifier.pack()
 

@@ -1,6 +1,6 @@
 """Inference on a CPU: weights laid out for oneDNN, blocks that compute in fewer operations and in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -40,6 +40,15 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[f"{prefix}weight"] = self.packed.to_dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def check_plain(blocks: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` where the linear maps of transformer blocks are quantized or wrapped by adapters."""
+    for block in blocks:
+        for linear in (block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj):
+            kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
+            if kind is not nn.Parameter:
+                raise ValueError(f"plain weights are packed, got {kind}: merge adapters, or load without quantization")
 
 
 def pack_linear_maps(module: nn.Module) -> None:
