@@ -1,15 +1,24 @@
 """LoRA adapters (peft) and int8 weights (torchao) on the RQ-Transformer."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_codes, tiny_condition, tiny_transformer
+from PIL import Image
+from test_pipeline import HEIGHT, WIDTH
+from tiny import tiny_codes, tiny_condition, tiny_pipeline, tiny_transformer
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from rq_hf import RQTransformerModel
+from rq_hf import RQPipeline, RQTransformerModel
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj", "up_proj", "down_proj"]}
 GREEDY = {"do_sample": False}
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_lora.py"
 
 
 @pytest.fixture
@@ -62,6 +71,31 @@ class TestLoRA:
         mixed_in = RQTransformerModel.from_pretrained(tmp_path / "base")
         mixed_in.load_adapter(tmp_path / "adapter")
         torch.testing.assert_close(mixed_in(codes, ids).logits, expected)
+
+
+def test_example_learns_new_words(tmp_path):
+    pipe = tiny_pipeline("text")
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for name in ("red fire", "green"):
+        pixels = np.random.randint(0, 256, (HEIGHT, WIDTH + 3, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{name}.png")
+    command = [EXAMPLE, tmp_path / "pictures", "--keep", "apple", "red", "--model", tmp_path / "model"]
+    command += ["--output_dir", tmp_path / "out", "--steps", "60", "--learning_rate", "0.02"]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout)]
+    assert losses[-1] < losses[0] - 0.3
+
+    taught = RQPipeline.from_pretrained(tmp_path / "out" / "pipeline")
+    ids, codes = taught.encode_prompt(["red fire", "apple"]), tiny_codes(2)
+    pipe.transformer.load_adapter(tmp_path / "out" / "adapter")
+    torch.testing.assert_close(taught.transformer(codes, ids).logits, pipe.transformer(codes, ids).logits)
+    assert (tmp_path / "out" / "pictures.png").exists()
+
+    again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert again.returncode != 0
+    assert "File exists" in again.stderr
 
 
 def divergence_of_int8(tmp_path, config):
