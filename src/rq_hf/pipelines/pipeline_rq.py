@@ -308,7 +308,7 @@ class RQPipeline(DiffusionPipeline):
         by [`RQTransformerModel.compile_steps`], which takes minutes in the first call with every number of images.
         For the pictures see [`RQVAEModel.fuse_blocks`].
         """
-        if self.transformer.device.type == "cpu":
+        if self._execution_device.type == "cpu":
             self.transformer.pack_weights()
         else:
             self.transformer.compile_steps()
