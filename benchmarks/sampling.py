@@ -164,6 +164,7 @@ def vae_sampler(case, name, reference):
 
     if "compiled" in name:
         model.fuse_blocks()
+        model.enable_slicing()
 
     def run(greedy=False):
         if name == "authors":

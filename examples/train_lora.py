@@ -59,9 +59,14 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     args = parser.parse_args()
 
-    args.output_dir.mkdir(parents=True)
+    if args.output_dir.exists():
+        raise ValueError(f"--output_dir must be new, but {args.output_dir} exists")
+    if args.batch_size < 2:
+        raise ValueError(f"--batch_size must be at least 2, half for new pictures, got {args.batch_size}")
     torch.manual_seed(0)
     pipe = RQPipeline.from_pretrained(args.model)
+    if not pipe.is_text_conditional:
+        raise ValueError(f"--model must be a text-to-image pipeline, got {args.model}")
     pictures = load_pictures(args.pictures, pipe)
     new = pipe.encode_image(list(pictures.values())), pipe.encode_prompt(list(pictures))
     kept = pipe(args.keep, output_type="latent").codes, pipe.encode_prompt(args.keep)

@@ -58,6 +58,12 @@ class TestLoRA:
         with pytest.raises(ValueError, match="plain weights are packed, got <class 'peft.*: merge adapters"):
             model.base_model.model.pack_weights()
 
+    def test_is_packed_only_when_fused_wherever_it_is(self):
+        model = tiny_transformer()
+        model.add_adapter(LoraConfig(r=2, target_modules=["code_projection"]))
+        with pytest.raises(ValueError, match="plain weights are packed, got <class 'peft.*: merge adapters"):
+            model.pack_weights()
+
     def test_is_saved_alone_and_loaded_onto_the_model(self, trained, tmp_path):
         model, _, codes, ids = trained
         expected = model(codes, ids).logits
@@ -95,7 +101,7 @@ def test_example_learns_new_words(tmp_path):
 
     again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert again.returncode != 0
-    assert "File exists" in again.stderr
+    assert "--output_dir must be new" in again.stderr
 
 
 def divergence_of_int8(tmp_path, config):

@@ -6,6 +6,7 @@ from test_pipeline import CALLS, GREEDY, HEIGHT, WIDTH, kinds
 from tiny import D, H, T, W, tiny_codes, tiny_pipeline, tiny_tokenizer
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
+from rq_hf import RQPipeline
 from rq_hf.scoring import IMAGENET_MEAN, IMAGENET_STD, ClassifierScorer, CLIPScorer
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -198,6 +199,18 @@ def test_compiled_pipeline_draws_the_same():
     call = {"prompt": ["red", "fire engine"], "do_sample": False, "output_type": "pt"}
     expected = pipe(**call)
     pipe.compile()
+    assert pipe.transformer.is_packed
+    assert pipe.vae.use_slicing
     actual = pipe(**call)
     assert torch.equal(actual.codes, expected.codes)
     torch.testing.assert_close(actual.images, expected.images, rtol=1e-4, atol=1e-5)
+
+
+def test_pipeline_of_another_device_is_compiled_for_it(monkeypatch):
+    monkeypatch.setattr(RQPipeline, "_execution_device", torch.device("cuda"))
+    pipe = tiny_pipeline()
+    pipe.compile()
+    assert not pipe.transformer.is_packed
+    assert not pipe.vae.use_slicing
+    with pytest.raises(ValueError, match="compiled is not packed"):
+        pipe.transformer.pack_weights()

@@ -2,6 +2,7 @@ import copy
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tiny import KINDS, STACK, D, H, K, L, T, W, tiny_codes, tiny_condition, tiny_transformer
@@ -358,7 +359,12 @@ class TestCompiled:
     OPTIONS = {"backend": "aot_eager", "mode": None}
     SETTINGS = [
         GREEDY,
-        {"generator": [3, 1, 4], "top_k": [9, 2, 12, 1], "top_p": [0.3, 1.0, 0.95, 0.9], "temperature": 1.5},
+        {
+            "generator": [3, 1, 4],
+            "top_k": [9, 2, 12, 1],
+            "top_p": [0.3, 1.0, 0.95, np.float32(0.9)],
+            "temperature": 1.5,
+        },
     ]
 
     @pytest.fixture(autouse=True)
@@ -395,16 +401,66 @@ class TestCompiled:
         model.compile_steps(**self.OPTIONS)
         assert torch.equal(model.generate(ids, **call), expected)
 
-    def test_steps_go_on_from_replaced_codes(self):
-        model = tiny_transformer()
+    @kinds
+    def test_steps_go_on_from_replaced_codes(self, kind):
+        model, ids = tiny_transformer(kind, code_shape=(3, 4, D)), tiny_condition(kind)
 
         def change_the_first(position, codes):
-            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K if position == 2 else codes[:, 0, 0]
-            return codes
+            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K
+            return codes if position != 5 else None
 
-        expected = model.generate(num_images=2, on_position=change_the_first, **GREEDY)
+        call = {"cond_ids": ids, "num_images": 2, "on_position": change_the_first, **GREEDY}
+        expected = model.generate(**call)
         model.compile_steps(**self.OPTIONS)
-        assert torch.equal(model.generate(num_images=2, on_position=change_the_first, **GREEDY), expected)
+        assert torch.equal(model.generate(**call), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+    def test_steps_need_no_other_graphs_for_other_temperatures_guidance_and_starts(self):
+        model, ids, given = tiny_transformer("class"), tiny_condition("class", 3), tiny_codes(3)
+        calls = [{"temperature": 0.5 + i / 10, "guidance_scale": 2.0 + i, "generator": [i, 1, 2]} for i in range(10)]
+        calls += [{"prefix_codes": given, "start": start, "guidance_scale": 2.0, **GREEDY} for start in range(1, T)]
+        expected = [model.generate(ids, **call) for call in calls]
+        model.compile_steps(**self.OPTIONS)
+        for call, codes in zip(calls, expected):
+            assert torch.equal(model.generate(ids, **call), codes)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # greedily another one
+
+    def test_steps_draw_any_number_of_images(self):
+        model = tiny_transformer()
+        expected = [model.generate(num_images=n, **GREEDY) for n in range(1, 11)]
+        model.compile_steps(**self.OPTIONS)
+        for n, codes in enumerate(expected, start=1):
+            assert torch.equal(model.generate(num_images=n, **GREEDY), codes)
+
+    def test_steps_within_steps(self):
+        model = tiny_transformer()
+        call = {"num_images": 2, "generator": [1, 2]}
+
+        def draw_others(position, codes):
+            model.generate(num_images=2, generator=[3, 4])
+
+        expected = model.generate(**call)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(**call, on_position=draw_others), expected)
+
+    def test_steps_in_inference_mode_first(self):
+        model = tiny_transformer()
+        expected = model.generate(num_images=2, **GREEDY)
+        model.compile_steps(**self.OPTIONS)
+        with torch.inference_mode():
+            assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+        assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+
+    def test_steps_forget_logits_that_are_no_numbers(self):
+        model = tiny_transformer()
+        expected, weight = model.generate(num_images=2, **GREEDY), model.spatial_stack.layers[0].attention_norm.weight
+        model.compile_steps(**self.OPTIONS)
+        kept = weight.detach().clone()
+        torch.nn.init.constant_(weight, math.nan)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            model.generate(num_images=2, **GREEDY)
+        weight.data.copy_(kept)
+        assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
 
     def test_steps_see_weights_that_were_changed_moved_or_copied(self):
         model, ids = tiny_transformer("class"), tiny_condition("class")

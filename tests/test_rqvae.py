@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from tiny import C, D, F, H, K, W, same_state, tiny_codes, tiny_pixels, tiny_vae
+from torch.utils.flop_counter import FlopCounterMode
 
 from rq_hf import RQVAEModel
 
@@ -137,6 +138,30 @@ class TestFusedBlocks:
         actual = vae(pixels)
         assert torch.equal(actual.codes, expected.codes)
         assert_close(actual.sample, expected.sample)
+
+    def test_take_fewer_products(self):
+        vae, vectors = tiny_vae(**self.LEVELS), torch.randn(2, C, H, W)
+        counts = []
+        for _ in range(2):
+            with FlopCounterMode(display=False) as counter:
+                vae.decode(vectors)
+            counts.append(counter.get_total_flops())
+            vae.fuse_blocks()
+        saved = [2 * 2 * channels**2 * (9 - 4) * (scale * H) * (scale * W) for channels, scale in ((12, 2), (16, 4))]
+        assert counts[0] - counts[1] == sum(saved)
+
+    def test_load_other_weights(self):
+        vae, other, vectors = tiny_vae(**self.LEVELS), tiny_vae(**self.LEVELS), torch.randn(2, C, H, W)
+        vae.fuse_blocks()
+        vae.load_state_dict(other.state_dict())
+        assert_close(vae.decode(vectors).sample, other.decode(vectors).sample)
+
+    def test_are_not_trained(self):
+        vae = tiny_vae(**self.LEVELS)
+        vae.fuse_blocks()
+        vae.requires_grad_(True)
+        with pytest.raises(ValueError, match="fused blocks are not trained"):
+            vae(tiny_pixels(2, 8, 12))
 
     def test_can_be_saved_moved_and_cast(self, tmp_path):
         vae, pixels = tiny_vae(**self.LEVELS), tiny_pixels(2, 8, 12)

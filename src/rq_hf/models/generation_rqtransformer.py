@@ -5,7 +5,8 @@ Shapes: `B` images, `H W` code grid, `T = H·W` positions in raster order, `D` q
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -159,32 +160,35 @@ class RQGenerationMixin(GenerationMixin):
         if guided:
             cond_ids = torch.cat([cond_ids, self._negative(negative_cond_ids, cond_ids)])
         scales = self._guidance_over_positions(guidance_scale, guidance_schedule) if guided else [None] * num_positions
+        settings["temperature"] = torch.tensor(settings["temperature"], device=self.device, dtype=torch.float32)
         sampler = CodeSampler(**settings)
-        shape = (batch_size, num_positions - start, depth, sampler.num_candidates)
-        uniform = draw_uniform(generator, shape, self.device)
+        uniform = [None] * num_positions
+        if sampler.do_sample:
+            shape = (batch_size, num_positions - start, depth, sampler.num_candidates)
+            uniform = draw_uniform(generator, shape, self.device).transpose(0, 1).contiguous()
 
         next_context, draw_position = self._steps()
-        cache = self._spatial_cache(len(cond_ids))
         indices = torch.arange(num_positions, device=self.device)
         largest_logits = torch.zeros(batch_size, device=self.device)  # summed up
         reads_prefix = True  # otherwise the position drawn last is all that is new
-        for position in range(start, num_positions):
-            if reads_prefix:
-                context = self._read_prefix(cond_ids, codes[:, :position], cache)
-            else:
-                context = next_context(codes[:, position - 1], indices[position - 1 : position], cache)
-            kept, numbers = codes[:, position, :keep_depth], uniform[:, position - start]
-            codes[:, position], largest = draw_position(context, kept, numbers, scales[position], sampler)
-            largest_logits += largest
-            reads_prefix = False
-            if on_position is not None:
-                codes_map = codes.view(batch_size, height, width, depth)
-                replaced = on_position(position, codes_map.clone())
-                if replaced is not None and not torch.equal(replaced, codes_map):
-                    if len(replaced) != batch_size:
-                        raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
-                    codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
-                    reads_prefix = True
+        with self._spatial_cache(len(cond_ids)) as cache:
+            for position in range(start, num_positions):
+                if reads_prefix:
+                    context = self._read_prefix(cond_ids, codes[:, :position], cache)
+                else:
+                    context = next_context(codes[:, position - 1], indices[position - 1 : position], cache)
+                kept, numbers = codes[:, position, :keep_depth], uniform[position - start]
+                codes[:, position], largest = draw_position(context, kept, numbers, scales[position], sampler)
+                largest_logits += largest
+                reads_prefix = False
+                if on_position is not None:
+                    codes_map = codes.view(batch_size, height, width, depth)
+                    replaced = on_position(position, codes_map.clone())
+                    if replaced is not None and not torch.equal(replaced, codes_map):
+                        if len(replaced) != batch_size:
+                            raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
+                        codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
+                        reads_prefix = True
         if not largest_logits.isfinite().all():  # asked once, for a device would be waited for
             raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
         return codes.view(batch_size, height, width, depth)
@@ -193,18 +197,24 @@ class RQGenerationMixin(GenerationMixin):
         """
         Compiles the two steps of sampling with fixed shapes, for a device: [`~torch.compile`] makes each of them one
         graph that nothing has to wait for, by default a CUDA graph (`mode="reduce-overhead"`). The first call with
-        every number of images takes minutes. Codes stay the same; the model can be trained, moved and saved as ever.
+        another number of images, top-k, top-p, `keep_depth`, or with guidance for the first time takes minutes. Codes
+        stay the same, up to rounding in low precision; the model can be trained, moved and saved as ever.
 
         Between calls the memory of keys and values is kept, for every number of images that was drawn.
 
-        Raises `ValueError` for an attention that takes no mask, such as flash attention, and for packed weights.
+        Raises `ValueError` for an attention that takes no mask, such as flash attention, for packed weights, and for
+        a model that is spread over several devices.
         """
         if self.is_packed:
             raise ValueError("packed weights are not compiled: load the model anew")
+        places = set(getattr(self, "hf_device_map", {}).values())
+        if len(places) > 1:
+            raise ValueError(f"a model that is spread over {sorted(map(str, places))} is not compiled")
         attention = self.config.spatial_config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"compiled steps need the attention 'sdpa' or 'eager', got {attention!r}")
-        self._compile_options = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False} | options
+        defaults = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False, "recompile_limit": 256}
+        self._compile_options = defaults | options
 
     def _steps(self) -> tuple[Callable, Callable]:
         """[`_next_context`] and [`_draw_position`], as they are run."""
@@ -221,18 +231,24 @@ class RQGenerationMixin(GenerationMixin):
             lambda *args: [out.clone() for out in draw_position(*args)],
         )
 
-    def _spatial_cache(self, num_rows: int) -> StaticKeyValueCache:
-        """An empty one; for compiled steps, whose graphs hold its address, always the same."""
+    @contextmanager
+    def _spatial_cache(self, num_rows: int) -> Iterator[StaticKeyValueCache]:
+        """An empty one; for compiled steps, whose graphs hold its address, that of an earlier call."""
         height, width, _ = self.config.code_shape
-        shape = (num_rows, self.config.cond_length + height * width, self.device, self._cache_dtype())
+        place = self.device, self._cache_dtype()
+        shape = (num_rows, self.config.cond_length + height * width, *place)
         if self._compile_options is None:
-            return StaticKeyValueCache(self.config.spatial_config, *shape)
-        if shape not in self._kept_caches:
-            self._kept_caches[shape] = StaticKeyValueCache(self.config.spatial_config, *shape)
-        cache = self._kept_caches[shape]
-        for layer in cache.layers:
-            torch._dynamo.mark_static_address(layer.zero_())
-        return cache
+            yield StaticKeyValueCache(self.config.spatial_config, *shape)
+            return
+        self._kept_caches = {other: cache for other, cache in self._kept_caches.items() if other[2:] == place}
+        with torch.inference_mode(False), torch.no_grad():
+            cache = self._kept_caches.pop(shape, None) or StaticKeyValueCache(self.config.spatial_config, *shape)
+            for layer in cache.layers:
+                torch._dynamo.mark_static_address(layer.zero_())
+        try:
+            yield cache
+        finally:
+            self._kept_caches[shape] = cache
 
     def _read_prefix(self, cond_ids, codes, cache) -> torch.Tensor:
         """Context `(B, E)` of the position after the condition `(B, L)` and the positions `(B, t, D)`."""
@@ -241,11 +257,11 @@ class RQGenerationMixin(GenerationMixin):
             distinct, rows = cond_ids.unique(dim=0, return_inverse=True)
             contexts = self.spatial_stack(self.embed_condition(distinct), cache)
             cache.expand(rows)
-            return contexts[rows, -1]
+            return contexts[:, -1][rows]
         codes = codes.repeat(len(cond_ids) // len(codes), 1, 1)  # once more for the unconditional half
         positions = self.embed_positions(embed_codes(codes, self.codebook))
         inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L + t, E)
-        return self.spatial_stack(inputs, cache)[:, -1]
+        return self.spatial_stack(inputs, cache)[:, -1].contiguous()
 
     def _next_context(self, codes, index, cache) -> torch.Tensor:
         """Context `(B, E)` of the position after the one with this index `(1,)`, whose codes `(B, D)` are new."""
@@ -263,7 +279,7 @@ class RQGenerationMixin(GenerationMixin):
         Args:
             context: `(B, E)`, or `(2·B, E)` with guidance.
             kept: codes `(B, d)` that are given.
-            uniform: numbers in [0, 1), `(B, D, R)`.
+            uniform: numbers in [0, 1), `(B, D, R)`; or `None`, when codes are not drawn at random.
             scales: of guidance, `(D,)`; or `None`.
 
         Returns:
@@ -284,7 +300,7 @@ class RQGenerationMixin(GenerationMixin):
                 conditional, null = logits.chunk(2)
                 logits = null + scales[d] * (conditional - null)
             largest = largest + logits.amax(dim=-1)
-            codes = torch.cat([codes, sampler.draw(logits, uniform[:, d], d)[:, None]], dim=-1)
+            codes = torch.cat([codes, sampler.draw(logits, uniform, d)[:, None]], dim=-1)
         return codes, largest
 
     def _resolve_settings(self, generation_config: GenerationConfig | None, **given) -> dict:
@@ -312,6 +328,7 @@ class RQGenerationMixin(GenerationMixin):
         settings["top_k"] = [codebook_size if k is None else min(int(k), codebook_size) for k in settings["top_k"]]
         if not all(0 < p <= 1 for p in settings["top_p"]):
             raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
+        settings["top_p"] = [float(p) for p in settings["top_p"]]
         if not all(math.isfinite(scale) for scale in settings["guidance_scale"]):
             raise ValueError(f"guidance_scale must be finite, got {settings['guidance_scale']}")
         return settings

@@ -327,11 +327,11 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     def pack_weights(self) -> None:
         """
-        Lays out the weights for fast sampling on a CPU, in place; codes stay the same. Saving still works, training,
-        moving and casting no longer.
+        Lays out the weights for fast sampling on a CPU, in place; codes stay the same, up to rounding in bfloat16.
+        Saving still works, training, moving, casting and loading no longer.
 
-        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for quantized weights and
-        adapters that are not merged, without oneDNN, or after [`compile_steps`].
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for weights that are
+        quantized or on disk, adapters that are not merged, without oneDNN, or after [`compile_steps`].
         """
         if self.is_packed:
             return
@@ -344,7 +344,10 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         if not torch.backends.mkldnn.is_available():
             raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
         blocks = (*self.spatial_stack.layers, *self.depth_stack.layers)
-        check_plain(blocks)
+        maps = [getattr(self, name, None) for name in ("code_projection", "depth_projection", "cond_classifier")]
+        for block in blocks:
+            maps += [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj]
+        check_plain(linear for linear in maps if linear is not None)
         self.requires_grad_(False)
         pack_linear_maps(self)
         for block in blocks:

@@ -42,13 +42,14 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def check_plain(blocks: Iterable[nn.Module]) -> None:
-    """Raises `ValueError` where the linear maps of transformer blocks are quantized or wrapped by adapters."""
-    for block in blocks:
-        for linear in (block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj):
-            kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
-            if kind is not nn.Parameter:
-                raise ValueError(f"plain weights are packed, got {kind}: merge adapters, or load without quantization")
+def check_plain(linear_maps: Iterable[nn.Module]) -> None:
+    """Raises `ValueError` where linear maps are quantized, wrapped by adapters, or not in memory."""
+    for linear in linear_maps:
+        kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
+        if kind is not nn.Parameter:
+            raise ValueError(f"plain weights are packed, got {kind}: merge adapters, or load without quantization")
+        if linear.weight.is_meta:
+            raise ValueError("weights are packed in memory; those of this model are on disk, or on the meta device")
 
 
 def pack_linear_maps(module: nn.Module) -> None:
@@ -98,9 +99,8 @@ def fuse_autoencoder(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ResnetBlock2D):
             module.forward = partial(fused_resnet_forward, module)
-        elif isinstance(module, Upsample2D):
-            weight = upsampling_weight(module.conv.weight.detach())
-            module.register_buffer("transposed_weight", weight, persistent=False)
+        elif isinstance(module, Upsample2D) and not isinstance(module.conv, UpsamplingConv2d):
+            module.conv = UpsamplingConv2d(module.conv)
             module.forward = partial(fused_upsample_forward, module)
 
 
@@ -111,20 +111,37 @@ def fused_resnet_forward(block: ResnetBlock2D, hidden_states: torch.Tensor, temb
     return inner.add_(hidden_states if block.conv_shortcut is None else block.conv_shortcut(hidden_states))
 
 
-def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
-    """
-    A 3×3 convolution of a picture whose pixels were doubled, `(C', C, 3, 3)`, as a transposed convolution of the
-    picture with stride 2, `(C, C', 4, 4)`: four products for every pixel instead of nine.
-
-    The 3×3 window sees two pixels of the picture in each direction: taps that meet the same one are added up.
-    """
-    taps = weight.float().flatten(0, 1)[:, None]
-    taps = F.conv2d(taps, torch.ones(1, 1, 2, 2, device=weight.device), padding=1)
-    taps = taps.view(*weight.shape[:2], 4, 4).flip(-1, -2).transpose(0, 1)
-    return taps.to(weight.dtype).contiguous(memory_format=torch.channels_last)
-
-
 def fused_upsample_forward(upsample: Upsample2D, hidden_states: torch.Tensor) -> torch.Tensor:
-    """`(B, C, H, W)` -> `(B, C, 2·H, 2·W)`."""
-    weight, bias = upsample.transposed_weight, upsample.conv.bias
-    return F.conv_transpose2d(hidden_states, weight, bias, stride=2, padding=1)
+    return upsample.conv(hidden_states)
+
+
+class UpsamplingConv2d(nn.Module):
+    """
+    The 3×3 convolution of a picture whose pixels are doubled, `(B, C, H, W)` -> `(B, C', 2·H, 2·W)`, as one transposed
+    convolution of the picture itself: four products for every new pixel instead of nine. For inference.
+
+    In a state dict it has the weight `(C', C, 3, 3)` that it was made of.
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.register_buffer("transposed", None, persistent=False)  # (C, C', 4, 4)
+        self.transpose()
+
+    def transpose(self) -> None:
+        """The 3×3 window sees two pixels in each direction: weights that meet the same one are added up."""
+        weight = self.weight.detach()
+        taps = weight.to(torch.promote_types(weight.dtype, torch.float32)).flatten(0, 1)[:, None]
+        taps = F.conv2d(taps, torch.ones_like(taps[:1, :, :2, :2]), padding=1)
+        taps = taps.view(*weight.shape[:2], 4, 4).flip(-1, -2).transpose(0, 1)
+        self.transposed = taps.to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("fused blocks are not trained: load the model anew")
+        return F.conv_transpose2d(pixels, self.transposed, self.bias, stride=2, padding=1)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.transpose()

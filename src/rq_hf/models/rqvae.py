@@ -307,14 +307,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     def fuse_blocks(self) -> None:
         """
         Makes encoding and decoding faster, in place: weights become channels-last, residual blocks compute in place,
-        every upsampling and the convolution after it become one transposed convolution, and a CPU takes one picture
-        after the other. Pictures stay the same up to rounding; moving, casting and saving work, training no longer.
+        every upsampling and the convolution after it become one transposed convolution. Pictures stay the same up to
+        rounding; moving, casting, saving and loading work, training no longer.
         """
         self.requires_grad_(False)
         fuse_autoencoder(self)
         self.to(memory_format=torch.channels_last)
-        if self.device.type == "cpu":
-            self.enable_slicing()
 
     def latents_to_vectors(self, latents: torch.Tensor) -> torch.Tensor:
         """Feature map `(B, C, H, W)` -> the vectors `(B, H, W, C)` that are quantized, one per code position.

@@ -47,24 +47,25 @@ class CodeSampler:
 
     Args:
         do_sample: `False` takes the most likely code each time.
-        temperature, top_k, top_p: one per depth.
+        temperature, top_k, top_p: one per depth; temperatures are a tensor, for they vary and compiled steps need not.
     """
 
     do_sample: bool
-    temperature: Sequence[float]
+    temperature: torch.Tensor
     top_k: Sequence[int]
     top_p: Sequence[float]
 
     @property
     def num_candidates(self) -> int:
         """R, the uniform numbers that every code needs."""
-        return max(num_candidates(p) for p in self.top_p) if self.do_sample else 0
+        return max(num_candidates(p) for p in self.top_p)
 
-    def draw(self, logits: torch.Tensor, uniform: torch.Tensor, depth: int) -> torch.Tensor:
-        """Codes `(B,)` of the depth with this index from float32 logits `(B, K)` and `(B, R)` numbers in [0, 1)."""
+    def draw(self, logits: torch.Tensor, uniform: torch.Tensor | None, depth: int) -> torch.Tensor:
+        """Codes `(B,)` of the depth with this index from float32 logits `(B, K)` and `(B, D, R)` numbers in [0, 1)."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        return draw_codes(logits / self.temperature[depth], self.top_k[depth], self.top_p[depth], uniform)
+        logits = logits / self.temperature[depth]
+        return draw_codes(logits, self.top_k[depth], self.top_p[depth], uniform[:, depth])
 
 
 def num_candidates(top_p: float) -> int:

@@ -302,14 +302,16 @@ class RQPipeline(DiffusionPipeline):
 
     def compile(self) -> None:
         """
-        Makes drawing and decoding several times faster on the device where the pipeline is; codes stay the same.
+        Makes drawing and decoding several times faster on the device where the pipeline computes; codes stay the
+        same, in low precision up to rounding, which may tip one.
 
-        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast; elsewhere
-        by [`RQTransformerModel.compile_steps`], which takes minutes in the first call with every number of images.
-        For the pictures see [`RQVAEModel.fuse_blocks`].
+        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast, and by
+        decoding one picture after the other; elsewhere by [`RQTransformerModel.compile_steps`], which takes minutes in
+        the first call with every number of images. For the pictures see [`RQVAEModel.fuse_blocks`].
         """
         if self._execution_device.type == "cpu":
             self.transformer.pack_weights()
+            self.vae.enable_slicing()
         else:
             self.transformer.compile_steps()
         self.vae.fuse_blocks()
