@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -84,8 +83,8 @@ def test_example_learns_new_words(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "pictures").mkdir()
     for name in ("red fire", "green"):
-        pixels = np.random.randint(0, 256, (HEIGHT, WIDTH + 3, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{name}.png")
+        pixels = torch.randint(256, (HEIGHT, WIDTH + 3, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / f"{name}.png")
     command = [EXAMPLE, tmp_path / "pictures", "--keep", "apple", "red", "--model", tmp_path / "model"]
     command += ["--output_dir", tmp_path / "out", "--steps", "60", "--learning_rate", "0.02"]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
