@@ -128,7 +128,8 @@ def transformer_sampler(case, name, reference):
         if "bf16" in name:
             model.to(torch.bfloat16)
         if "compiled" in name:
-            model.pack_weights() if model.device.type == "cpu" else model.compile_steps()
+            prepare = model.pack_weights if model.device.type == "cpu" else model.compile_steps
+            prepare()
         methods = [(model.spatial_stack, "forward"), (model.depth_stack, "forward")]
         methods += [(model.classifier, "forward"), (CodeSampler, "draw")]
         settings = {"temperature": TEMPERATURE, "top_k": case.top_k, "top_p": case.top_p}

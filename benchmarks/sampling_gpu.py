@@ -18,10 +18,11 @@ and 90 at 1; five times the speed of the authors' code.
 
 import argparse
 import itertools
-import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from measure import least_seconds
 from sampling import TEMPERATURE, Case, transformer_sampler, vae_sampler, weights_of_position
 
 from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
@@ -43,15 +44,14 @@ def preset_case(preset, batch_size):
     )
 
 
-def seconds_of(step, repeats, device):
-    """The least seconds of a call, after one that does not count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
+def seconds_of(steps, repeats, device):
+    """The least seconds of each step, after a call that does not count."""
+
+    def finished(step):
         step()
         torch.get_device_module(device).synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+
+    return least_seconds({name: partial(finished, step) for name, step in steps.items()}, repeats)
 
 
 def rates(device, repeats):
@@ -59,8 +59,8 @@ def rates(device, repeats):
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, dtype=torch.bfloat16)
     memory = torch.ones(2**30 if device.type == "cuda" else 2**27)
-    product = seconds_of(lambda: F.linear(a, a), repeats, device)
-    return 2 * size**3 / product, memory.nbytes / seconds_of(memory.sum, repeats, device)
+    seconds = seconds_of({"product": partial(F.linear, a, a), "read": memory.sum}, repeats, device)
+    return 2 * size**3 / seconds["product"], memory.nbytes / seconds["read"]
 
 
 def floor(case, operations_per_second, bandwidth):
@@ -112,9 +112,9 @@ def steps_of_authors(case, reference):
 def report(name, steps, batch_size, repeats, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = {part: seconds_of(step, repeats, device) / batch_size * 1000 for part, step in steps.items()}
+    seconds = seconds_of(steps, repeats, device)
     memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "memory not measured"
-    parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in times.items())
+    parts = ", ".join(f"{part} {1000 * value / batch_size:.2f}" for part, value in seconds.items())
     print(f"  batch {batch_size}: {name}, {parts} ms/image; {memory}", flush=True)
 
 

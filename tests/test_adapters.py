@@ -1,4 +1,4 @@
-"""LoRA adapters (peft) and int8 weights (torchao) on the RQ-Transformer."""
+"""LoRA adapters (peft) and 8-bit weights (torchao, bitsandbytes) on the RQ-Transformer."""
 
 import re
 import subprocess

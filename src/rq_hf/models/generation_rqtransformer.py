@@ -180,15 +180,10 @@ class RQGenerationMixin(GenerationMixin):
                 kept, numbers = codes[:, position, :keep_depth], uniform[position - start]
                 codes[:, position], largest = draw_position(context, kept, numbers, scales[position], sampler)
                 largest_logits += largest
-                reads_prefix = False
-                if on_position is not None:
-                    codes_map = codes.view(batch_size, height, width, depth)
-                    replaced = on_position(position, codes_map.clone())
-                    if replaced is not None and not torch.equal(replaced, codes_map):
-                        if len(replaced) != batch_size:
-                            raise ValueError(f"on_position must keep the batch size {batch_size}, got {len(replaced)}")
-                        codes = self._prepare_codes(replaced, position + 1, keep_depth, batch_size)
-                        reads_prefix = True
+                replaced = None if on_position is None else self._replaced(on_position, position, codes, keep_depth)
+                reads_prefix = replaced is not None
+                if reads_prefix:
+                    codes = replaced
         if not largest_logits.isfinite().all():  # asked once, for a device would be waited for
             raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
         return codes.view(batch_size, height, width, depth)
@@ -249,6 +244,16 @@ class RQGenerationMixin(GenerationMixin):
             yield cache
         finally:
             self._kept_caches[shape] = cache
+
+    def _replaced(self, on_position, position, codes, keep_depth) -> torch.Tensor | None:
+        """What to go on from after this position if the callback returns other codes than these `(B, T, D)`."""
+        codes_map = codes.unflatten(1, self.config.code_shape[:2])
+        replaced = on_position(position, codes_map.clone())
+        if replaced is None or torch.equal(replaced, codes_map):
+            return None
+        if len(replaced) != len(codes):
+            raise ValueError(f"on_position must keep the batch size {len(codes)}, got {len(replaced)}")
+        return self._prepare_codes(replaced, position + 1, keep_depth, len(codes))
 
     def _read_prefix(self, cond_ids, codes, cache) -> torch.Tensor:
         """Context `(B, E)` of the position after the condition `(B, L)` and the positions `(B, t, D)`."""

@@ -1,4 +1,4 @@
-"""Inference on a CPU: weights laid out for oneDNN, blocks that compute in fewer operations and in place."""
+"""Faster inference: weights laid out for oneDNN (on a CPU), blocks that compute in fewer operations and in place."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -83,16 +83,16 @@ def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Te
     The numbers `(B, R)` in [0, 1), R ≥ [`num_candidates`], are looked up in the cumulative distribution. For top-p
     nothing is sorted: of these candidates the first one inside the nucleus is taken.
     """
-    rejects = num_candidates(top_p) > 1
-    if rejects:
+    count = num_candidates(top_p)
+    if count > 1:
         masses = logits.softmax(dim=-1)
         if top_k < logits.shape[-1]:
             masses = masses * (logits >= kth_largest(logits, top_k))
     else:
         masses = filter_logits(logits, top_k, top_p).softmax(dim=-1)
     cumulative = masses.cumsum(dim=-1, dtype=uniform.dtype)
-    candidates = look_up(cumulative, uniform[:, : num_candidates(top_p)])
-    if not rejects:
+    candidates = look_up(cumulative, uniform[:, :count])
+    if count == 1:
         return candidates[:, 0]
     return first_inside(masses, candidates, top_p * cumulative[:, -1])
 
