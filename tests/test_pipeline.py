@@ -25,6 +25,7 @@ from tiny import (
 )
 
 from rq_hf import RQPipeline, RQPipelineOutput
+from rq_hf.data import Collator
 
 HEIGHT, WIDTH = H * F, W * F
 CALLS = {"none": {}, "class": {"class_labels": [0, 2]}, "text": {"prompt": ["red apple", "fire engine"]}}
@@ -108,12 +109,25 @@ def test_settings_left_out_come_from_the_generation_config(pipe):
     assert torch.equal(pipe(output_type="latent").codes, expected)
 
 
-def test_prompts_are_padded_on_the_right():
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prompts_are_padded_on_the_right_as_in_training(side):
     pipe = tiny_pipeline("text")
+    pipe.tokenizer.padding_side = pipe.tokenizer.truncation_side = side
     ids = pipe.encode_prompt(["red", "red apple"])
     words = pipe.tokenizer(["red", "red apple"])["input_ids"]
     assert ids.tolist() == [row + [0] * (L - len(row)) for row in words]
     assert pipe.encode_prompt("red").tolist() == ids[:1].tolist()
+    image = PIL.Image.new("RGB", (8, 8))
+    examples = [{"text": text, "image": image} for text in ("red", "red apple")]
+    collate = Collator("image", 8, text_column="text", tokenizer=pipe.tokenizer)
+    assert torch.equal(collate(examples)["cond_ids"], ids)
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused():
+    pipe = tiny_pipeline("text")
+    pipe.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer needs a padding token"):
+        pipe.encode_prompt("red")
 
 
 @kinds

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .images import to_pixels, to_rgb
+from .text import encode_captions
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -237,8 +238,9 @@ def encode_conditions(
                 raise ValueError(
                     f"the caption of example {example['example_index']} must be a string, got {caption!r}"
                 )
-        cond_ids, truncated_captions = tokenize(tokenizer, captions)
-        return {"cond_ids": cond_ids, "truncated_captions": truncated_captions}
+        length = tokenizer.model_max_length
+        cond_ids, num_tokens = encode_captions(tokenizer, captions, length)
+        return {"cond_ids": cond_ids, "truncated_captions": sum(n > length for n in num_tokens)}
     if label_column is not None:
         return {"cond_ids": torch.tensor([[example[label_column]] for example in examples])}
     return {}
@@ -262,14 +264,6 @@ def next_readable(batches: Iterator[dict], patience: int = 10_000) -> dict:
         if skipped >= patience:
             break
     raise ValueError(f"none of {skipped} images in a row can be decoded")
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[torch.Tensor, int]:
-    """Texts -> ids `(B, L)`, L = `tokenizer.model_max_length`, padded and cut on the right; and how many were cut."""
-    length = tokenizer.model_max_length
-    ids = tokenizer(texts)["input_ids"]
-    padded = [row[:length] + [tokenizer.pad_token_id] * (length - len(row)) for row in ids]
-    return torch.tensor(padded), sum(len(row) > length for row in ids)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

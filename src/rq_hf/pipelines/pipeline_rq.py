@@ -19,6 +19,7 @@ from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
 from ..models.generation_rqtransformer import PerDepth
 from ..models.sampling import Generators, check_generator
+from ..text import encode_captions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
@@ -151,11 +152,11 @@ class RQPipeline(DiffusionPipeline):
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         length = self.transformer.config.cond_length
-        ids = self.tokenizer(prompts, padding="max_length", max_length=length)["input_ids"]
-        for text, row in zip(prompts, ids):
-            if len(row) > length:
-                raise ValueError(f"a prompt may have at most {length} tokens, got {len(row)} for {text!r}")
-        return torch.tensor(ids)
+        token_ids, num_tokens = encode_captions(self.tokenizer, prompts, length)
+        for text, count in zip(prompts, num_tokens):
+            if count > length:
+                raise ValueError(f"a prompt may have at most {length} tokens, got {count} for {text!r}")
+        return token_ids
 
     @torch.no_grad()
     def __call__(
