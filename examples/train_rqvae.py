@@ -210,8 +210,8 @@ class RQVAELoss:
         pixels = batch["pixels"]
         output = model(pixels)
         sample = output.sample.float()
-        squared_error = F.mse_loss(sample, pixels)
-        reconstruction = squared_error if self.args.reconstruction_loss == "mse" else F.l1_loss(sample, pixels)
+        distance = F.mse_loss if self.args.reconstruction_loss == "mse" else F.l1_loss
+        reconstruction = distance(sample, pixels)
         metrics = {"loss_reconstruction": reconstruction, "loss_commitment": output.commitment_loss}
         if self.lpips is not None:
             metrics["loss_perceptual"] = self.lpips(sample, pixels).mean()
@@ -222,7 +222,7 @@ class RQVAELoss:
         if self.adversary is not None:
             generator_loss, more = self.adversary.generator_loss(pixels, sample, reconstruction, self.last_layer)
             loss, metrics = loss + generator_loss, metrics | more
-        metrics["psnr"] = 10 * torch.log10(4 / squared_error.detach())  # pixels span [-1, 1]
+        metrics["psnr"] = psnr(pixels, sample.detach()).mean()
         health = codebook_health(count_codes(output.codes, self.codebook_size))
         for d, (usage, perplexity) in enumerate(zip(health["usage"], health["perplexity"]), start=1):
             metrics[f"batch_usage_depth_{d}"] = usage

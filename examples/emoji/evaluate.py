@@ -2,7 +2,7 @@
 
     python examples/emoji/evaluate.py --data data/emoji --output runs/emoji-figures.json
 
-Reconstruction: PSNR of every picture against its reconstruction as 8-bit pictures, averaged over the pictures.
+Reconstruction: PSNR of every picture against its reconstruction, averaged over the pictures.
 Retrieval: one picture is drawn per caption, and all real pictures are ranked by their pixel L2 distance to it; rank 1
 means that no real picture is nearer than the right one (a few captions share one picture). 300 training captions, and
 all held-out ones: combinations of words the model has never seen together.
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rq_hf import EMOJI_MODEL, RQPipeline
+from rq_hf.metrics import psnr
 from rq_hf.models.quantizer import codebook_health, count_codes
 
 
@@ -29,13 +30,13 @@ def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
 
 def reconstruction(pipe: RQPipeline, pictures: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Mean PSNR in dB, and how often each code occurs at each depth `(D, K)`."""
-    psnr, counts = [], 0
+    quality, counts = [], 0
     for batch in pictures.split(64):
         codes = pipe.encode_image(batch)
-        decoded = (pipe.decode_codes(codes, output_type="pt") * 255).round() / 255
-        psnr.append(-10 * (decoded - batch).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10())
+        decoded = pipe.decode_codes(codes, output_type="pt")
+        quality.append(psnr(batch * 2 - 1, decoded * 2 - 1))
         counts = counts + count_codes(codes, pipe.vae.config.codebook_size)
-    return torch.cat(psnr).mean().item(), counts
+    return torch.cat(quality).mean().item(), counts
 
 
 def retrieval_ranks(

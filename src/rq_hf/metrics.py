@@ -4,9 +4,15 @@ import torch
 
 
 def psnr(pixels: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of every picture `(B, 3, height, width)` in [-1, 1] -> `(B,)`."""
-    squared_error = (pixels.float() - reconstructions.float().clamp(-1, 1)).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(4 / squared_error)
+    """
+    Peak signal-to-noise ratio of every image `(B, 3, height, width)` in [-1, 1], in dB: `(B,)`.
+
+    Both are compared as the 8-bit images that they are saved as. Equal images have 100 dB, not infinity, so that
+    means over images stay finite.
+    """
+    images, others = ((x.float() * 127.5 + 127.5).clamp(0, 255).round() for x in (pixels, reconstructions))
+    squared_error = ((images - others) / 255).square().flatten(1).mean(dim=1)
+    return -10 * squared_error.clamp(min=1e-10).log10()
 
 
 def frechet_distance(features: torch.Tensor, other_features: torch.Tensor) -> float:
