@@ -1,17 +1,23 @@
 """The adversary, LPIPS, metrics and the stop at NaN (equality with the authors' code: test_golden_losses.py)."""
 
+import math
+
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from processes import run
 from test_training import logged, run_training
 from tiny import tiny_pixels, tiny_vae
 from torch import nn
 
 from rq_hf.adversarial import Adversary, PatchDiscriminator, adaptive_weight
+from rq_hf.data import Collator, TrainingStream, prepare_images
 from rq_hf.metrics import frechet_distance, psnr
 from rq_hf.perceptual import LPIPS, WIDTHS
+from rq_hf.training import OptimizationArguments, create_accelerator, train
 
 
 def make_adversary(**options):
@@ -26,7 +32,9 @@ def step(adversary, vae, pixels):
     sample = vae(pixels).sample
     reconstruction = F.mse_loss(sample, pixels)
     loss, metrics = adversary.generator_loss(pixels, sample, reconstruction, vae.decoder.conv_out.weight)
-    return loss, metrics | adversary.update()
+    metrics |= adversary.compute_loss()
+    adversary.update()
+    return loss, metrics
 
 
 class TestAdversary:
@@ -114,9 +122,13 @@ class TestLPIPS:
 
 
 class TestMetrics:
-    def test_psnr_of_a_known_error(self):
-        pixels = torch.zeros(2, 3, 4, 4)
-        torch.testing.assert_close(psnr(pixels, pixels + 0.02), torch.full((2,), 40.0))
+    def test_psnr_is_that_of_the_8_bit_images(self):
+        level = 1 / 127.5
+        black = torch.full((2, 3, 4, 4), -1.0)
+        brighter = black + torch.tensor([1.0, 2.0])[:, None, None, None] * level
+        torch.testing.assert_close(psnr(black, brighter), 20 * torch.log10(torch.tensor([255.0, 255.0 / 2])))
+        torch.testing.assert_close(psnr(black, black + 0.4 * level), torch.full((2,), 100.0))
+        torch.testing.assert_close(psnr(black, black - 7), torch.full((2,), 100.0))
 
     def test_frechet_distance_of_shifted_and_scaled_gaussians(self):
         features = torch.randn(2000, 3, dtype=torch.double)
@@ -146,3 +158,32 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_pa
     assert f"at step 4; the last checkpoint is {tmp_path / 'checkpoint-2'}" in outcome.output
     assert not (tmp_path / "checkpoint-4").exists() and not (tmp_path / "weights-0.pt").exists()
     assert max(logged(tmp_path)) == 3
+
+
+def train_with_a_broken_discriminator(output_dir):
+    """Its first loss is NaN: neither model may have changed."""
+    args = OptimizationArguments(str(output_dir), max_train_steps=1, train_batch_size=2, cpu=True, report_to="none")
+    accelerator = create_accelerator(args)
+    vae = tiny_vae().train()
+    adversary = Adversary(PatchDiscriminator(width=4, num_layers=1), optimizer_kwargs={"lr": 1.0}, warmup_steps=1)
+    torch.nn.init.constant_(adversary.discriminator.main[0].bias, math.nan)
+    models = (vae.decoder, adversary.discriminator.main[-1])
+    before = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+
+    def compute_loss(model, batch):
+        sample = model(batch["pixels"]).sample
+        loss = F.mse_loss(sample, batch["pixels"])
+        generator_loss, metrics = adversary.generator_loss(batch["pixels"], sample, loss, vae.decoder.conv_out.weight)
+        return loss + generator_loss, metrics
+
+    examples = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]})
+    stream = TrainingStream(prepare_images(examples, "image"), Collator("image", 8), batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="loss_discriminator is nan at step 1"):
+        train(accelerator, args, vae, stream, compute_loss, dict, {}, codes_per_image=1, adversary=adversary)
+    for model, state in zip(models, before):
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_no_optimizer_has_stepped_when_a_loss_of_the_discriminator_is_not_finite(tmp_path):
+    outcome = run(train_with_a_broken_discriminator, tmp_path)
+    assert outcome.code == 0, outcome.output

@@ -153,26 +153,30 @@ class Adversary:
         adaptive = adaptive_weight(reconstruction_loss, loss, last_layer, self.max_adaptive_weight)
         return self.weight * adaptive * loss, {"loss_generator": loss, "adaptive_weight": adaptive}
 
-    def update(self) -> dict[str, torch.Tensor]:
-        """A step of the discriminator on the batch of the last [`generator_loss`]; its metrics."""
-        metrics = {}
-        if self.step >= self.start:
-            pixels, sample = self.batch
-            with self.accelerator.autocast():
-                logits_fake, logits_real = self.prepared(sample).float(), self.prepared(pixels).float()
-            loss = self.loss(logits_real, logits_fake)
-            self.accelerator.backward(self.weight * loss)
+    def compute_loss(self) -> dict[str, torch.Tensor]:
+        """The discriminator's loss on the batch of the last [`generator_loss`], with metrics; none before `start`."""
+        self.pending = None
+        if self.step < self.start:
+            return {}
+        pixels, sample = self.batch
+        with self.accelerator.autocast():
+            logits_fake, logits_real = self.prepared(sample).float(), self.prepared(pixels).float()
+        self.pending = self.loss(logits_real, logits_fake)
+        return {
+            "loss_discriminator": self.pending,
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
+        }
+
+    def update(self) -> None:
+        """A step of the discriminator on the loss that [`compute_loss`] has left."""
+        if self.pending is not None:
+            self.accelerator.backward(self.weight * self.pending)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            metrics = {
-                "loss_discriminator": loss,
-                "logits_real": logits_real.mean(),
-                "logits_fake": logits_fake.mean(),
-            }
             if self.accelerator.sync_gradients:
                 self.scheduler.step()
         self.step += self.accelerator.sync_gradients
-        return metrics
 
     def state_dict(self) -> dict:
         return {"step": self.step, "scheduler": self.scheduler.state_dict()}

@@ -337,7 +337,7 @@ def train(
         adversary: learns after each of the model's steps, from what `compute_loss` showed it.
         validate: -> metrics to be logged; called with the averaged weights, as often as `make_images`.
 
-    Raises `ValueError` when a loss is no longer a finite number, before anything is made of it.
+    Raises `ValueError` when a loss is no longer a finite number, before any optimizer has stepped.
     """
     unprepared = model
     optimizer = create_optimizer(model, args)
@@ -366,15 +366,17 @@ def train(
                 with meter.counting_flops(batch, args.peak_teraflops):
                     loss, metrics = compute_loss(model, batch)
                     check_finite(args, step + 1, loss=loss)
+                    if adversary is not None:
+                        losses = adversary.compute_loss()
+                        check_finite(args, step + 1, **losses)
+                        metrics |= losses
                     accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 if adversary is not None:
-                    losses = adversary.update()
-                    check_finite(args, step + 1, **losses)
-                    metrics |= losses
+                    adversary.update()
             meter.add(batch, loss=loss, **metrics)
         scheduler.step()
         if average:
