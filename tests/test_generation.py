@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import KINDS, STACK, D, H, K, L, T, W, tiny_codes, tiny_condition, tiny_transformer
+from tiny import KINDS, STACK, D, H, K, L, LargestTensor, T, W, tiny_codes, tiny_condition, tiny_transformer
 from transformers import GenerationConfig
 
 from rq_hf import RQTransformerModel
@@ -78,6 +78,14 @@ def test_guided_greedy_codes_equal_the_manual_combination(kind, scale, start):
     expected = greedy_by_forward(model, ids, prefix_codes=prefix, start=start, scale=scale)
     assert torch.equal(codes, expected)
     assert not torch.equal(codes, model.generate(ids, prefix_codes=prefix, start=start, **GREEDY))
+
+
+def test_guidance_forms_the_logits_of_each_image_once():
+    batch_size, codebook_size = 64, 512  # so that no other tensor is as large as the logits
+    model, ids = tiny_transformer("class", codebook_size=codebook_size), tiny_condition("class", batch_size)
+    with LargestTensor() as largest:
+        model.generate(ids, guidance_scale=3.0, **GREEDY)
+    assert largest.bytes == 4 * batch_size * codebook_size
 
 
 def test_guidance_of_one_is_none():
@@ -461,6 +469,14 @@ class TestCompiled:
             model.generate(num_images=2, **GREEDY)
         weight.data.copy_(kept)
         assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+
+    def test_steps_are_compiled_for_more_settings_than_dynamo_allows_by_default(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        expected = [model.generate(ids, top_k=k, generator=[1, 2]) for k in range(1, 5)]
+        model.compile_steps(**self.OPTIONS)
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for k, codes in enumerate(expected, start=1):
+                assert torch.equal(model.generate(ids, top_k=k, generator=[1, 2]), codes)
 
     def test_steps_see_weights_that_were_changed_moved_or_copied(self):
         model, ids = tiny_transformer("class"), tiny_condition("class")

@@ -208,7 +208,7 @@ class RQGenerationMixin(GenerationMixin):
         attention = self.config.spatial_config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ValueError(f"compiled steps need the attention 'sdpa' or 'eager', got {attention!r}")
-        defaults = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False, "recompile_limit": 256}
+        defaults = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
         self._compile_options = defaults | options
 
     def _steps(self) -> tuple[Callable, Callable]:
@@ -241,7 +241,9 @@ class RQGenerationMixin(GenerationMixin):
             for layer in cache.layers:
                 torch._dynamo.mark_static_address(layer.zero_())
         try:
-            yield cache
+            # One graph for every batch size, top-k and top-p that was used: more than dynamo's default of 8.
+            with torch._dynamo.config.patch(recompile_limit=256):
+                yield cache
         finally:
             self._kept_caches[shape] = cache
 
@@ -300,10 +302,8 @@ class RQGenerationMixin(GenerationMixin):
             else:
                 inputs = self.embed_depth(context, codewords)  # (B, 1, E)
             hidden_states = self.depth_stack(inputs, cache)[:, -1:]
-            logits = self.classifier(hidden_states, first_depth=d)[:, 0].float()  # (B, K)
-            if scales is not None:
-                conditional, null = logits.chunk(2)
-                logits = null + scales[d] * (conditional - null)
+            scale = None if scales is None else scales[d]
+            logits = self.classifier(hidden_states, first_depth=d, guidance_scale=scale)[:, 0].float()  # (B, K)
             largest = largest + logits.amax(dim=-1)
             codes = torch.cat([codes, sampler.draw(logits, uniform, d)[:, None]], dim=-1)
         return codes, largest

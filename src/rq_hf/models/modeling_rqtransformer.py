@@ -164,9 +164,18 @@ class RQClassifier(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_classifiers, config.codebook_size))  # (M, K)
         self.packed = None
 
-    def forward(self, hidden_states, first_depth=0):
-        """Hidden states `(..., d, E)` of the depths from `first_depth` on -> logits `(..., d, K)`."""
+    def forward(self, hidden_states, first_depth=0, guidance_scale=None):
+        """
+        Hidden states `(B, ..., d, E)` of the depths from `first_depth` on -> logits `(B, ..., d, K)`.
+
+        With guidance, rows are a conditional and a null half, `(2·B, ..., d, E)`, and the logits are null +
+        s·(conditional − null). The map to the logits is affine, so the normed states are mixed instead, at half of
+        its cost.
+        """
         hidden_states = self.norm(hidden_states)
+        if guidance_scale is not None:
+            conditional, null = hidden_states.float().chunk(2)
+            hidden_states = (null + guidance_scale * (conditional - null)).to(hidden_states.dtype)
         if len(self.bias) == 1:
             return self.logits(hidden_states, 0)
         depths = range(first_depth, first_depth + hidden_states.shape[-2])
