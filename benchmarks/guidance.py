@@ -1,5 +1,5 @@
-"""Time guided sampling, where the classifier sees the mixed states of every image once, beside the usual formula, where
-it sees conditional and null states and their logits are mixed.
+"""Time guided sampling, where the classifier sees the mixed states of every image once, beside the usual formula,
+where it sees conditional and null states and their logits are mixed.
 
     python benchmarks/guidance.py
 

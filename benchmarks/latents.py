@@ -24,7 +24,7 @@ from rate_distortion import create_model
 
 from rq_hf import RQVAEModel
 from rq_hf.data import DataArguments, TrainingStream
-from rq_hf.transformer_training import (
+from rq_hf.training.rq_transformer import (
     TransformerArguments,
     TransformerLoss,
     create_collator,

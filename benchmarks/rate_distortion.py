@@ -26,8 +26,7 @@ from datasets import load_dataset
 from torch import nn
 
 from rq_hf import RQVAEModel
-from rq_hf.metrics import frechet_distance, psnr
-from rq_hf.models.quantizer import codebook_health, count_codes
+from rq_hf.metrics import codebook_health, count_codes, frechet_distance, psnr
 
 VALIDATION = 10_000
 RUNS = {  # name: arguments of the model

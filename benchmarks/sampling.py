@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config
 from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
-from rq_hf.models.sampling import CodeSampler
+from rq_hf.models.rq_transformer.code_sampling import CodeSampler
 
 C, D = 256, 4
 TEMPERATURE = 0.25

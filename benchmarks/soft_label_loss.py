@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from measure import least_seconds, peak_mebibytes
 
-from rq_hf.models.losses import codes_cross_entropy
+from rq_hf.models.rq_transformer.fused_cross_entropy import codes_cross_entropy
 
 N, D, K, C, E = 32 * 8 * 8, 4, 16384, 256, 512
 TEMPERATURE = 0.5

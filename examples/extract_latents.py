@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from rq_hf import RQVAEModel
 from rq_hf.data import Collator, SourceArguments, load_images
 from rq_hf.training import parse_arguments
-from rq_hf.transformer_training import LATENTS_DESCRIPTION, describe_latents
+from rq_hf.training.rq_transformer import LATENTS_DESCRIPTION, describe_latents
 
 
 @dataclass

@@ -33,7 +33,7 @@ from rq_hf.training import (
     save_finished,
     train,
 )
-from rq_hf.transformer_training import (
+from rq_hf.training.rq_transformer import (
     TransformerArguments,
     TransformerLoss,
     create_collator,

@@ -33,11 +33,9 @@ import torch.nn.functional as F
 from accelerate import DistributedType
 
 from rq_hf import RQVAEModel
-from rq_hf.adversarial import Adversary, PatchDiscriminator
 from rq_hf.data import Collator, DataArguments, load_images
-from rq_hf.metrics import psnr
-from rq_hf.models.quantizer import codebook_health, count_codes
-from rq_hf.perceptual import LPIPS
+from rq_hf.metrics import codebook_health, count_codes, psnr
+from rq_hf.metrics.lpips import LPIPS
 from rq_hf.training import (
     OptimizationArguments,
     create_accelerator,
@@ -48,6 +46,7 @@ from rq_hf.training import (
     save_finished,
     train,
 )
+from rq_hf.training.adversarial import Adversary, PatchDiscriminator
 
 
 @dataclass

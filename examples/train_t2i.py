@@ -41,7 +41,7 @@ from rq_hf.training import (
     train,
     written_whole,
 )
-from rq_hf.transformer_training import (
+from rq_hf.training.rq_transformer import (
     TransformerArguments,
     TransformerLoss,
     create_collator,

@@ -7,16 +7,24 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny import KINDS, K, same_state, tiny_codes, tiny_condition, tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tiny import (
+    CALLS,
+    K,
+    kinds,
+    same_state,
+    tiny_codes,
+    tiny_condition,
+    tiny_pipeline,
+    tiny_tokenizer,
+    tiny_transformer,
+)
 from transformers import AutoModel
 
 import rq_hf
 from rq_hf import RQPipeline, RQTransformerModel, RQVAEModel
 
-CALLS = {"none": {}, "class": {"class_labels": [0, 2]}, "text": {"prompt": ["red apple", "fire engine"]}}
 MODELS = {"vae": ["rq_hf", "RQVAEModel"], "transformer": ["rq_hf", "RQTransformerModel"]}
 
-kinds = pytest.mark.parametrize("kind", KINDS)
 loaders = pytest.mark.parametrize("loader", [RQPipeline, DiffusionPipeline])
 
 

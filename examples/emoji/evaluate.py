@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from rq_hf import EMOJI_MODEL, RQPipeline
-from rq_hf.metrics import psnr
-from rq_hf.models.quantizer import codebook_health, count_codes
+from rq_hf.metrics import codebook_health, count_codes, psnr
 
 
 def load_split(path: Path) -> tuple[list[str], torch.Tensor]:

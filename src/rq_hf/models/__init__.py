@@ -1,8 +1,6 @@
-from .configuration_rqtransformer import RQStackConfig, RQTransformerConfig
-from .modeling_rqtransformer import RQTransformerModel, RQTransformerOutput
 from .presets import PRESETS
-from .quantizer import ResidualQuantizer
-from .rqvae import RQVAEModel, RQVAEOutput
+from .rq_transformer import RQStackConfig, RQTransformerConfig, RQTransformerModel, RQTransformerOutput
+from .rq_vae import ResidualQuantizer, RQVAEModel, RQVAEOutput
 
 __all__ = [
     "PRESETS",

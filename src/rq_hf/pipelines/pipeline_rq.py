@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
-from ..models.generation_rqtransformer import PerDepth
-from ..models.sampling import Generators, check_generator
+from ..models.rq_transformer.code_sampling import Generators, check_generator
+from ..models.rq_transformer.generation_rq_transformer import PerDepth
 from ..text import encode_captions
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

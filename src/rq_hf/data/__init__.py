@@ -1,0 +1,33 @@
+from .loading import (
+    Collator,
+    DataArguments,
+    LatentCollator,
+    SourceArguments,
+    StreamTail,
+    TrainingStream,
+    check_columns,
+    column_names,
+    count_images,
+    decode_image,
+    encode_conditions,
+    load_images,
+    next_readable,
+    prepare_images,
+)
+
+__all__ = [
+    "Collator",
+    "DataArguments",
+    "LatentCollator",
+    "SourceArguments",
+    "StreamTail",
+    "TrainingStream",
+    "check_columns",
+    "column_names",
+    "count_images",
+    "decode_image",
+    "encode_conditions",
+    "load_images",
+    "next_readable",
+    "prepare_images",
+]

@@ -1,0 +1,19 @@
+"""Fréchet distance of features."""
+
+import torch
+
+
+def frechet_distance(features: torch.Tensor, other_features: torch.Tensor) -> float:
+    """
+    Fréchet distance of two Gaussians fitted to features `(N, F)` and `(M, F)`, N, M ≥ 2 (Heusel et al. 2017, eq. 6):
+
+        ‖μ − μ'‖² + tr(Σ + Σ' − 2·(Σ Σ')^½)
+
+    in double precision, with unbiased covariances. The root has the trace of (Σ^½ Σ' Σ^½)^½, which is symmetric.
+    """
+    means, covariances = zip(*((f.double().mean(dim=0), f.double().T.cov()) for f in (features, other_features)))
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    trace_of_root = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    trace = covariances[0].trace() + covariances[1].trace() - 2 * trace_of_root
+    return ((means[0] - means[1]).square().sum() + trace).item()

@@ -1,0 +1,417 @@
+"""RQ-Transformer: a spatial transformer over the positions of a code map, a depth transformer over the codes of each
+position (Lee et al., CVPR 2022, section 3.2).
+
+Shapes: `B` batch, `H W` code grid, `T = H·W` positions in raster order, `D` quantization depth, `K` codebook size,
+`C` channels of a codeword, `L` length of the condition, `V` its vocabulary, `E` hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from ..codes import check_codes, check_range, embed_codes
+from .acceleration import FusedForward, PackedLinear, check_plain, pack_linear_maps
+from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
+from .fused_cross_entropy import codes_cross_entropy
+from .generation_rq_transformer import RQGenerationMixin
+
+
+@dataclass
+class RQTransformerOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`, scalar): training loss, when labels or residuals were given.
+        depth_losses (`torch.Tensor` of shape `(D,)`): the cross-entropy of the codes at each depth, in nats.
+        cond_loss (`torch.Tensor`, scalar): next-token cross-entropy of the condition, when L > 1.
+        logits (`torch.Tensor` of shape `(B, H, W, D, K)`): logits of the codes.
+        cond_logits (`torch.Tensor` of shape `(B, L-1, V)`): next-token logits of the condition, when L > 1.
+    """
+
+    loss: torch.Tensor | None = None
+    depth_losses: torch.Tensor | None = None
+    cond_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cond_logits: torch.Tensor | None = None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(q·kᵀ·scaling)·v with a causal or a given boolean mask. (B, heads, T, dim) -> (B, T, heads, dim)"""
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif query.shape[2] > 1:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class RQAttention(nn.Module):
+    """Causal multi-head self-attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: RQStackConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, hidden_states, cache=None):
+        batch_size, length, hidden_size = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
+        query, (key, value) = qkv[0], qkv[1:] if cache is None else cache.update(qkv[1:], self.layer_idx)
+        query = query.to(key.dtype)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mask = None if cache is None else cache.mask
+        output, _ = attention(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+        return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype))
+
+
+class RQMLP(nn.Module):
+    def __init__(self, config: RQStackConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class RQBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block, the same for both stacks."""
+
+    def __init__(self, config: RQStackConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = RQAttention(config, layer_idx)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = RQMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, cache=None):
+        hidden_states = hidden_states + self.dropout(self.self_attn(self.attention_norm(hidden_states), cache))
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class RQPreTrainedModel(PreTrainedModel):
+    config: RQTransformerConfig
+    base_model_prefix = "model"
+    main_input_name = "codes"
+    output_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "cond_embedding"
+    _no_split_modules = ["RQBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, RQTransformerModel):
+            init.normal_(module.cond_position_embedding, std=std)
+            init.normal_(module.spatial_position_embedding, std=std)
+            init.normal_(module.depth_position_embedding, std=std)
+            init.normal_(module.codebook)
+        elif isinstance(module, RQClassifier):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+
+
+class RQStack(RQPreTrainedModel):
+    """A stack of blocks. hidden states `(B, T, E)` -> `(B, T, E)`; with a cache, T are the positions not yet in it."""
+
+    config: RQStackConfig
+
+    def __init__(self, config: RQStackConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([RQBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.post_init()
+
+    def forward(self, hidden_states, cache=None):
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, cache)
+        return hidden_states
+
+
+class RQClassifier(nn.Module):
+    """Layer norm, then a linear map to the K logits; one map for all depths (M = 1) or one per depth (M = D)."""
+
+    def __init__(self, config: RQTransformerConfig):
+        super().__init__()
+        num_classifiers = 1 if config.shared_classifier else config.code_shape[-1]
+        hidden_size = config.spatial_config.hidden_size
+        self.norm = nn.LayerNorm(hidden_size, eps=config.depth_config.layer_norm_eps)
+        self.weight = nn.Parameter(torch.empty(num_classifiers, config.codebook_size, hidden_size))  # (M, K, E)
+        self.bias = nn.Parameter(torch.empty(num_classifiers, config.codebook_size))  # (M, K)
+        self.packed = None
+
+    def forward(self, hidden_states, first_depth=0, guidance_scale=None):
+        """
+        Hidden states `(B, ..., d, E)` of the depths from `first_depth` on -> logits `(B, ..., d, K)`.
+
+        With guidance, rows are a conditional and a null half, `(2·B, ..., d, E)`, and the logits are null +
+        s·(conditional − null). The map to the logits is affine, so the normed states are mixed instead, at half of
+        its cost.
+        """
+        hidden_states = self.norm(hidden_states)
+        if guidance_scale is not None:
+            conditional, null = hidden_states.float().chunk(2)
+            hidden_states = (null + guidance_scale * (conditional - null)).to(hidden_states.dtype)
+        if len(self.bias) == 1:
+            return self.logits(hidden_states, 0)
+        depths = range(first_depth, first_depth + hidden_states.shape[-2])
+        return torch.stack([self.logits(h, d) for h, d in zip(hidden_states.unbind(-2), depths, strict=True)], dim=-2)
+
+    def logits(self, hidden_states, m):
+        """Logits `(..., K)` by the map with index m."""
+        if self.packed is not None:
+            return self.packed[m](hidden_states)
+        return F.linear(hidden_states, self.weight[m], self.bias[m])
+
+    def pack(self):
+        self.packed = [PackedLinear(weight, bias) for weight, bias in zip(self.weight, self.bias)]
+        del self.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = torch.stack([m.packed.to_dense() for m in self.packed])
+
+
+class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
+    r"""
+    Models p(codes | condition) = Π_t Π_d p(S_td | S_<t, S_t,<d, condition), raster order over the positions,
+    coarse to fine at each of them.
+
+    It carries a frozen copy of the RQ-VAE's codebook (set by [`set_codebook`], saved with the weights), because codes
+    enter as codewords.
+    """
+
+    def __init__(self, config: RQTransformerConfig):
+        super().__init__(config)
+        height, width, depth = config.code_shape
+        hidden_size = config.spatial_config.hidden_size
+        num_codebooks = 1 if config.shared_codebook else depth
+        self.register_buffer("codebook", torch.empty(num_codebooks, config.codebook_size, config.codebook_dim))
+
+        self.cond_embedding = nn.Embedding(config.cond_vocab_size, hidden_size)
+        self.cond_position_embedding = nn.Parameter(torch.empty(config.cond_length, hidden_size))
+        self.code_projection = nn.Linear(config.codebook_dim, hidden_size)
+        self.spatial_position_embedding = nn.Parameter(torch.empty(height * width, hidden_size))
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.spatial_stack = RQStack._from_config(config.spatial_config)
+        if config.cond_length > 1:
+            self.cond_norm = nn.LayerNorm(hidden_size, eps=config.spatial_config.layer_norm_eps)
+            self.cond_classifier = nn.Linear(hidden_size, config.cond_vocab_size)
+
+        if depth > 1:
+            self.depth_projection = nn.Linear(config.codebook_dim, hidden_size)
+        self.depth_position_embedding = nn.Parameter(torch.empty(depth, hidden_size))
+        self.depth_stack = RQStack._from_config(config.depth_config)
+        self.classifier = RQClassifier(config)
+        self._kept_caches = {}  # of compiled sampling
+        self.post_init()
+
+    @torch.no_grad()
+    def set_codebook(self, codebook: torch.Tensor) -> None:
+        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape."""
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(
+                f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
+                f"got {tuple(codebook.shape)}"
+            )
+        self.codebook.copy_(codebook)
+
+    def forward(
+        self,
+        codes: torch.Tensor,
+        cond_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        residuals: torch.Tensor | None = None,
+        soft_label_temperature: float = 0.5,
+        return_logits: bool = True,
+        return_dict: bool = True,
+    ) -> RQTransformerOutput | tuple[torch.Tensor, ...]:
+        r"""
+        Teacher-forced forward pass.
+
+        Args:
+            codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the code maps.
+            cond_ids (`torch.Tensor` of shape `(B, L)`, or `(B,)` when L = 1, int64): condition ids in [0, V). May be
+                left out by an unconditional model (V = 1).
+            labels (`torch.Tensor` of shape `(B, H, W, D)`, int64): hard labels; usually the codes themselves.
+            residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that every depth
+                quantized, from `vae.quantizer.get_codes`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
+            soft_label_temperature (`float`): τ > 0.
+            return_logits (`bool`): without the logits, the loss is computed in chunks and no `(B, H, W, D, K)` tensor
+                is kept; what training wants.
+
+        Raises:
+            `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0.
+        """
+        self._check_forward(codes, labels, residuals, soft_label_temperature)
+        batch_size, height, width, depth = codes.shape
+        cond_ids = self.prepare_cond_ids(cond_ids, batch_size)
+        codes = codes.reshape(batch_size, height * width, depth)
+        codewords = embed_codes(codes, self.codebook)  # (B, T, D, C)
+
+        positions = self.embed_positions(codewords[:, :-1])
+        inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L+T-1, E)
+        contexts = self.spatial_stack(self.embedding_dropout(inputs))
+        cond_contexts, contexts = contexts.split([self.config.cond_length - 1, height * width], dim=1)
+
+        depth_inputs = self.embed_depths(contexts, codewords[:, :, :-1])  # (B, T, D, E)
+        hidden_states = self.depth_stack(depth_inputs.flatten(0, 1)).view_as(depth_inputs)
+
+        output = RQTransformerOutput()
+        if self.config.cond_length > 1:
+            output.cond_logits = self.cond_classifier(self.cond_norm(cond_contexts))  # (B, L-1, V)
+        if return_logits:
+            output.logits = self.classifier(hidden_states).unflatten(1, (height, width))
+        if labels is not None or residuals is not None:
+            output.loss, output.depth_losses = codes_cross_entropy(
+                self.classifier.norm(hidden_states).flatten(0, 1),  # (N, D, E), N = B·T
+                self.classifier.weight,
+                self.classifier.bias,
+                labels=None if labels is None else labels.reshape(-1, depth),
+                residuals=None if residuals is None else residuals.reshape(-1, depth, self.config.codebook_dim),
+                codebook=self.codebook,
+                temperature=soft_label_temperature,
+            )
+            if self.config.cond_length > 1:
+                output.cond_loss = F.cross_entropy(output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
+                weight = self.config.text_loss_weight
+                output.loss = weight * output.cond_loss + (1 - weight) * output.loss
+        return output if return_dict else output.to_tuple()
+
+    def embed_condition(self, cond_ids: torch.Tensor) -> torch.Tensor:
+        """Condition ids `(B, L)` -> inputs of the spatial stack `(B, L, E)`."""
+        return self.cond_embedding(cond_ids) + self.cond_position_embedding
+
+    def embed_positions(self, codewords: torch.Tensor, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """Codewords `(B, t, D, C)` of the first positions, or those with `indices` `(t,)` -> inputs `(B, t, E)` of the
+        spatial stack, from which the positions after them are predicted (section 3.2.2)."""
+        embedding = self.spatial_position_embedding
+        embedding = embedding[: codewords.shape[1]] if indices is None else embedding[indices]
+        return self._project(self.code_projection, codewords).sum(dim=-2) + embedding
+
+    def embed_depths(self, contexts: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        """Contexts `(..., E)`, codewords `(..., d, C)` -> inputs `(..., 1 + d, E)` of the depth stack."""
+        inputs = contexts.unsqueeze(-2)
+        if codewords.shape[-2]:
+            if self.config.cumulative_depth_inputs:
+                codewords = codewords.cumsum(dim=-2)
+            inputs = torch.cat([inputs, self._project(self.depth_projection, codewords)], dim=-2)
+        return inputs + self.depth_position_embedding[: inputs.shape[-2]]
+
+    def embed_depth(self, context: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+        """Context `(B, E)` and the d codewords `(B, d, C)` chosen so far -> input `(B, 1, E)` of the next depth."""
+        d = codewords.shape[1]
+        if d == 0:
+            inputs = context
+        elif self.config.cumulative_depth_inputs:
+            inputs = self._project(self.depth_projection, codewords.sum(dim=1))
+        else:
+            inputs = self._project(self.depth_projection, codewords[:, -1])
+        return (inputs + self.depth_position_embedding[d]).unsqueeze(1)
+
+    def pack_weights(self) -> None:
+        """
+        Lays out the weights for fast sampling on a CPU, in place; codes stay the same, up to rounding in bfloat16.
+        Saving still works, training, moving, casting and loading no longer.
+
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for weights that are
+        quantized or on disk, adapters that are not merged, without oneDNN, or after [`compile_steps`].
+        """
+        if self.is_packed:
+            return
+        if self._compile_options is not None:
+            raise ValueError("a model whose steps are compiled is not packed: load it anew")
+        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"weights are packed on a CPU, in float32 or bfloat16; this model is on {self.device} in {self.dtype}"
+            )
+        if not torch.backends.mkldnn.is_available():
+            raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
+        blocks = (*self.spatial_stack.layers, *self.depth_stack.layers)
+        maps = [getattr(self, name, None) for name in ("code_projection", "depth_projection", "cond_classifier")]
+        for block in blocks:
+            maps += [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj]
+        check_plain(linear for linear in maps if linear is not None)
+        self.requires_grad_(False)
+        pack_linear_maps(self)
+        for block in blocks:
+            block.forward = FusedForward(block)
+        self.classifier.pack()
+
+    @property
+    def is_packed(self) -> bool:
+        return self.classifier.packed is not None
+
+    @staticmethod
+    def _project(projection: nn.Linear, codewords: torch.Tensor) -> torch.Tensor:
+        """Sharded training computes with parameters in low precision, but leaves the codebook as it is."""
+        return projection(codewords.to(projection.bias.dtype))
+
+    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+        """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
+
+        Raises `ValueError` when they are missing, of another shape, or out of range.
+        """
+        vocab_size, length = self.config.cond_vocab_size, self.config.cond_length
+        if cond_ids is None:
+            if vocab_size > 1:
+                raise ValueError(
+                    f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed"
+                )
+            return torch.zeros(batch_size, length, dtype=torch.long, device=self.device)
+        if length == 1 and cond_ids.ndim == 1:
+            cond_ids = cond_ids[:, None]
+        if cond_ids.shape != (batch_size, length):
+            raise ValueError(f"cond_ids must have the shape ({batch_size}, {length}), got {tuple(cond_ids.shape)}")
+        check_range("cond_ids", cond_ids, vocab_size)
+        return cond_ids
+
+    def check_codes(self, codes: torch.Tensor) -> None:
+        """Raises `ValueError`/`TypeError` unless `codes` is an int64 `(B, H, W, D)` map of this model."""
+        check_codes(codes, self.config.code_shape[-1], self.config.codebook_size)
+        if tuple(codes.shape[1:]) != self.config.code_shape:
+            raise ValueError(f"codes must have the shape (B, *{self.config.code_shape}), got {tuple(codes.shape)}")
+
+    def _check_forward(self, codes, labels, residuals, temperature):
+        self.check_codes(codes)
+        if self.is_packed and not (labels is None and residuals is None):
+            raise ValueError("a model with packed weights has no loss: load it anew to train it")
+        if labels is not None and residuals is not None:
+            raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
+        if labels is not None and labels is not codes:
+            self.check_codes(labels)
+            if len(labels) != len(codes):
+                raise ValueError(f"codes and labels must be of one batch size, got {len(codes)} and {len(labels)}")
+        if residuals is not None:
+            if residuals.shape != (*codes.shape, self.config.codebook_dim):
+                raise ValueError(
+                    f"residuals must have the shape {(*codes.shape, self.config.codebook_dim)}, "
+                    f"got {tuple(residuals.shape)}"
+                )
+            if temperature <= 0:
+                raise ValueError(f"soft_label_temperature must be greater than 0, got {temperature}")

@@ -1,0 +1,357 @@
+"""RQ-VAE: an image as a small map of stacked codes (Lee et al., CVPR 2022, section 3.1).
+
+Shapes: `B` batch, `H W` code grid, `D` quantization depth, `K` codebook size, `C` channels of a codeword. Pixels are
+`(B, 3, height, width)` in [-1, 1] with height = H·f, width = W·f, f = 2^(levels − 1).
+
+The feature map is `(B, C, H, W)`, unless one code position covers a patch of p×q features (`code_patch_size`): then it
+is `(B, C/pq, H·p, W·q)`, and the pixels are as many times more.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders.single_file_model import FromOriginalModelMixin
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from ..codes import check_codes
+from ..presets import load_preset
+from .fused_blocks import fuse_autoencoder
+from .residual_quantizer import ResidualQuantizer
+
+
+@dataclass
+class RQVAEEncoderOutput(BaseOutput):
+    """
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, H, W)`): the feature map before quantization.
+    """
+
+    latents: torch.Tensor
+
+
+@dataclass
+class RQVAEQuantizerOutput(BaseOutput):
+    """
+    Args:
+        quantized (`torch.Tensor` of shape `(B, C, H, W)`): sum of the codewords, with the straight-through gradient.
+        codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
+        codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
+    """
+
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+
+
+@dataclass
+class RQVAEOutput(BaseOutput):
+    """
+    Args:
+        sample (`torch.Tensor` of shape `(B, 3, height, width)`): the reconstruction, about [-1, 1], not clamped.
+        codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
+        codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
+    """
+
+    # Defaults let accelerate rebuild the output field by field under mixed precision.
+    sample: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+    codebook_loss: torch.Tensor | None = None
+
+
+class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
+    r"""
+    A VQ-GAN encoder and decoder with residual quantization between them. With `depth=1` it is a VQ-VAE.
+
+    Args:
+        in_channels (`int`): channels of the input image.
+        out_channels (`int`): channels of the reconstruction.
+        down_block_types (`tuple[str, ...]`): block of every level, fine to coarse; attention at a level is
+            `"AttnDownEncoderBlock2D"` instead of `"DownEncoderBlock2D"`.
+        up_block_types (`tuple[str, ...]`): likewise for the decoder, coarse to fine (`"AttnUpDecoderBlock2D"`).
+        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; each halves the image before.
+        layers_per_block (`int`): residual blocks per level (the decoder has one more).
+        mid_block_add_attention (`bool`): attention between the two residual blocks of the coarsest level.
+        norm_num_groups (`int`): groups of the group normalization; divides every width.
+        dropout (`float`): dropout inside the residual blocks.
+        latent_channels (`int`): channels of the encoder's output.
+        codebook_dim (`int`): C, dimension of a codeword; 1×1 convolutions lead to and from it.
+        code_patch_size (`tuple[int, int]`): rows p and columns q of features that one code position covers; its
+            vector is their concatenation, so that p·q divides `codebook_dim`.
+        codebook_size (`int`): K.
+        depth (`int`): D, codes per position.
+        shared_codebook (`bool`): one codebook for all depths, or one per depth.
+        codebook_update (`str`): `"ema"` (moving average) or `"gradient"` (codebook loss), see [`ResidualQuantizer`].
+        ema_decay (`float`, or one per codebook): decay of the moving average.
+        restart_unused_codes (`bool`): restart dead codewords at features of the batch.
+        quantizer_dropout (`float`): share of training images that are decoded from their first codes only, of a
+            random number; one model then serves every depth.
+        sample_size (`int`): height and width of the pictures the model was made for.
+
+    Raises:
+        `ValueError`: block types and widths of different number, patches that do not divide a codeword, and what
+            [`ResidualQuantizer`] refuses.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = False
+    _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
+    _keep_in_fp32_modules = ["quantizer"]
+    _skip_layerwise_casting_patterns = ["quantizer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 5 + ("AttnDownEncoderBlock2D",),
+        up_block_types: tuple[str, ...] = ("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 5,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512, 512),
+        layers_per_block: int = 2,
+        mid_block_add_attention: bool = True,
+        norm_num_groups: int = 32,
+        dropout: float = 0.0,
+        latent_channels: int = 256,
+        codebook_dim: int = 256,
+        code_patch_size: tuple[int, int] = (1, 1),
+        codebook_size: int = 16384,
+        depth: int = 4,
+        shared_codebook: bool = True,
+        codebook_update: str = "ema",
+        ema_decay: float | tuple[float, ...] = 0.99,
+        restart_unused_codes: bool = True,
+        quantizer_dropout: float = 0.0,
+        sample_size: int = 256,
+    ):
+        super().__init__()
+        if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
+            raise ValueError(
+                "down_block_types, up_block_types and block_out_channels need one entry per level, got "
+                f"{len(down_block_types)}, {len(up_block_types)} and {len(block_out_channels)}"
+            )
+        if min(code_patch_size) < 1 or codebook_dim % math.prod(code_patch_size):
+            raise ValueError(
+                "code_patch_size must be two numbers of at least 1 whose product divides codebook_dim, got "
+                f"{tuple(code_patch_size)} and {codebook_dim}"
+            )
+        feature_channels = codebook_dim // math.prod(code_patch_size)
+        self.encoder = Encoder(
+            in_channels=in_channels,
+            out_channels=latent_channels,
+            down_block_types=down_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            double_z=False,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.quant_conv = nn.Conv2d(latent_channels, feature_channels, 1)
+        self.quantizer = ResidualQuantizer(
+            codebook_size,
+            codebook_dim,
+            depth,
+            shared_codebook=shared_codebook,
+            codebook_update=codebook_update,
+            ema_decay=ema_decay,
+            restart_unused_codes=restart_unused_codes,
+            quantizer_dropout=quantizer_dropout,
+        )
+        self.post_quant_conv = nn.Conv2d(feature_channels, latent_channels, 1)
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.dropout.p = dropout
+        self.use_slicing = False
+
+    @classmethod
+    def from_preset(cls, name: str) -> "RQVAEModel":
+        """A new model, with random weights, of the sizes of a published one: a name of [`PRESETS`].
+
+        Raises `ValueError` for another name.
+        """
+        return cls(**load_preset(name, "vae"))
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
+        """Loads the authors' `model.pt`, or its state dict, by `original_config="config.yaml"`.
+
+        Everything else is as in diffusers. Raises `ValueError` without a configuration, which cannot be guessed, and
+        where weights do not fit it.
+        """
+        if kwargs.get("original_config") is None and kwargs.get("config") is None:
+            raise ValueError("from_single_file needs original_config, the config.yaml of the checkpoint, or config")
+        if isinstance(kwargs.get("original_config"), os.PathLike):
+            kwargs["original_config"] = os.fspath(kwargs["original_config"])
+        return super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+
+    @property
+    def pixels_per_code(self) -> tuple[int, int]:
+        """Rows and columns of pixels that one position of the code grid covers."""
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        rows, columns = self.config.code_patch_size
+        return factor * rows, factor * columns
+
+    @apply_forward_hook
+    def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
+        """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
+
+        Raises `ValueError` when code positions do not cover the pixels, or for another number of channels.
+        """
+        self.check_pixels(pixels)
+        latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
+        return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
+
+    @apply_forward_hook
+    def quantize(
+        self, latents: torch.Tensor, return_dict: bool = True
+    ) -> RQVAEQuantizerOutput | tuple[torch.Tensor, ...]:
+        """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook."""
+        out = self.quantizer(self.latents_to_vectors(latents))
+        quantized = self.vectors_to_latents(out.quantized)
+        if not return_dict:
+            return quantized, out.codes, out.commitment_loss, out.codebook_loss
+        return RQVAEQuantizerOutput(quantized, out.codes, out.commitment_loss, out.codebook_loss)
+
+    @apply_forward_hook
+    def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Feature map `(B, C, H, W)` -> pixels `(B, 3, height, width)`, about [-1, 1], not clamped."""
+        sample = torch.cat([self._decode(q) for q in self._slices(quantized)])
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEOutput | tuple[torch.Tensor, ...]:
+        """Encode, quantize, decode: pixels `(B, 3, height, width)` in [-1, 1] -> [`RQVAEOutput`]."""
+        latents = self.encode(pixels).latents
+        quantization = self.quantize(latents)
+        sample = self.decode(quantization.quantized.to(latents.dtype)).sample
+        if not return_dict:
+            return sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss
+        return RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
+        return self.quantizer.get_codes(self.latents_to_vectors(self.encode(pixels).latents))[0]
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def get_soft_codes(
+        self,
+        pixels: torch.Tensor,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft targets of the codes of pixels `(B, 3, height, width)` (section 3.2.3).
+
+        Args:
+            temperature: τ > 0 of softmax(−‖r − e(k)‖²/τ).
+            stochastic: draw the codes from the targets instead of taking the nearest.
+
+        Returns:
+            targets `(B, H, W, D, K)` float32 and codes `(B, H, W, D)`.
+        """
+        vectors = self.latents_to_vectors(self.encode(pixels).latents)
+        return self.quantizer.get_soft_codes(vectors, temperature, stochastic, generator)
+
+    @apply_forward_hook
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codewords `(B, H, W, D, C)` of codes `(B, H, W, D)`, not summed."""
+        check_codes(codes, self.config.depth, self.config.codebook_size)
+        return self.quantizer.embed_codes(codes)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_codes(
+        self,
+        codes: torch.Tensor,
+        depth: int | None = None,
+        num_positions: int | None = None,
+        return_dict: bool = True,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`, about [-1, 1].
+
+        Args:
+            depth: decode from the first `depth` codes of every position only, in [1, D]: a coarse-to-fine preview.
+            num_positions: decode the first positions in raster order only, in [0, H·W]; the others hold no codewords:
+                a preview of a map that is still being drawn.
+        """
+        depth = self.config.depth if depth is None else depth
+        if not 1 <= depth <= self.config.depth:
+            raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
+        vectors = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
+        if num_positions is not None:
+            if not 0 <= num_positions <= codes[0, ..., 0].numel():
+                raise ValueError(f"num_positions must lie in [0, {codes[0, ..., 0].numel()}], got {num_positions}")
+            vectors.flatten(1, 2)[:, num_positions:] = 0
+        return self.decode(self.vectors_to_latents(vectors).to(self.dtype), return_dict=return_dict)
+
+    def fuse_blocks(self) -> None:
+        """
+        Makes encoding and decoding faster, in place: weights become channels-last, residual blocks compute in place,
+        every upsampling and the convolution after it become one transposed convolution. Pictures stay the same up to
+        rounding; moving, casting, saving and loading work, training no longer.
+        """
+        self.requires_grad_(False)
+        fuse_autoencoder(self)
+        self.to(memory_format=torch.channels_last)
+
+    def latents_to_vectors(self, latents: torch.Tensor) -> torch.Tensor:
+        """Feature map `(B, C, H, W)` -> the vectors `(B, H, W, C)` that are quantized, one per code position.
+
+        Raises `ValueError` when patches of `code_patch_size` do not cover the map.
+        """
+        rows, columns = self.config.code_patch_size
+        if latents.shape[-2] % rows or latents.shape[-1] % columns:
+            raise ValueError(f"patches of {rows}×{columns} do not cover a feature map of {tuple(latents.shape)}")
+        patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C/pq, H, p, W, q)
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+
+    def vectors_to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`latents_to_vectors`]: `(B, H, W, C)` -> `(B, C, H, W)`."""
+        patches = vectors.unflatten(3, (*self.config.code_patch_size, -1))  # (B, H, W, p, q, C/pq)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def check_pixels(self, pixels: torch.Tensor) -> None:
+        """Raises `ValueError` unless `pixels` is `(B, 3, height, width)` with sides the encoder can divide."""
+        rows, columns = self.pixels_per_code
+        if pixels.ndim != 4 or pixels.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"pixels must have the shape (B, {self.config.in_channels}, height, width), got {tuple(pixels.shape)}"
+            )
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels must be floating point in [-1, 1], got {pixels.dtype}")
+        height, width = pixels.shape[-2:]
+        if height % rows or width % columns:
+            raise ValueError(
+                f"height and width must be divisible by {rows} and {columns}, the pixels that one code position "
+                f"covers; got {height}×{width}"
+            )
+
+    def _slices(self, batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return batch.split(1) if self.use_slicing and len(batch) > 1 else (batch,)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.quant_conv(self.encoder(pixels))
+
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(quantized))

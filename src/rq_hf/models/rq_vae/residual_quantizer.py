@@ -1,0 +1,281 @@
+"""Residual quantization (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+
+Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shape), `C` channels of a vector =
+dimension of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share it, else D).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from ..codes import embed_codes
+from .nearest_codes import k_means, nearest, sample_codes, soft_targets
+
+
+@dataclass
+class QuantizerOutput:
+    """
+    Args:
+        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D codewords, with the straight-through gradient.
+        codes (`torch.Tensor` of shape `(..., D)`, int64): the chosen codes, coarse to fine.
+        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums and channels of (z − sg[ẑ⁽ᵈ⁾])² (eq. 7).
+        codebook_loss (`torch.Tensor`, scalar, or `None`): the same with the gradient on the codewords; only when the
+            codebook is trained by gradient (VQ-VAE, van den Oord et al. 2017, eq. 3).
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    commitment_loss: torch.Tensor
+    codebook_loss: torch.Tensor | None = None
+
+
+class ResidualQuantizer(nn.Module):
+    """
+    Approximates vectors z by sums of D codewords: r⁽⁰⁾ = z, and for d = 1..D (eqs. 3 to 5)
+
+        k_d = argmin_k ‖r⁽ᵈ⁻¹⁾ − e(k)‖²,    r⁽ᵈ⁾ = r⁽ᵈ⁻¹⁾ − e(k_d),    ẑ⁽ᵈ⁾ = Σ_{i≤d} e(k_i)
+
+    In training mode `codebook_update="ema"` moves every codeword to the running mean of the residuals assigned to it,
+    depth after depth, so that a shared codebook is updated D times a step and depth d+1 already sees the update of
+    depth d. Codewords that attract fewer than one residual per update are restarted at residuals of the batch.
+    `codebook_update="gradient"` trains the codebook with the codebook loss instead; with depth 1 this is the VQ-VAE.
+
+    All arithmetic is float32, also under autocast. Memory is O(N·C + K·C); in a process group all ranks count the
+    residuals of all ranks, and their codebooks stay bit-identical.
+
+    Args:
+        codebook_size (`int`): K.
+        codebook_dim (`int`): C.
+        depth (`int`): D.
+        shared_codebook (`bool`): one codebook for all depths (as in the paper) or one per depth.
+        codebook_update (`str`): `"ema"` or `"gradient"`.
+        ema_decay (`float`, or one per codebook): decay of the running counts and sums, in [0, 1).
+        restart_unused_codes (`bool`): whether dead codewords are restarted (`"ema"` only).
+        quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], whose sum ends at a random
+            depth, so that the first codes alone will do; codes, losses and codebook are those of all depths.
+        epsilon (`float`): Laplace smoothing of the running counts.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        depth: int,
+        shared_codebook: bool = True,
+        codebook_update: str = "ema",
+        ema_decay: float | Sequence[float] = 0.99,
+        restart_unused_codes: bool = True,
+        quantizer_dropout: float = 0.0,
+        epsilon: float = 1e-5,
+    ):
+        super().__init__()
+        if min(codebook_size, codebook_dim, depth) < 1:
+            raise ValueError(
+                "codebook_size, codebook_dim and depth must be at least 1, "
+                f"got {codebook_size}, {codebook_dim} and {depth}"
+            )
+        if codebook_update not in ("ema", "gradient"):
+            raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
+        num_codebooks = 1 if shared_codebook else depth
+        decays = ema_decay if isinstance(ema_decay, Sequence) else [ema_decay] * num_codebooks
+        if len(decays) != num_codebooks:
+            raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
+        if not all(0 <= decay < 1 for decay in decays):
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
+        if not 0 <= quantizer_dropout <= 1:
+            raise ValueError(f"quantizer_dropout must lie in [0, 1], got {quantizer_dropout}")
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.depth = depth
+        self.shared_codebook = shared_codebook
+        self.codebook_update = codebook_update
+        self.ema_decay = ema_decay
+        self.restart_unused_codes = restart_unused_codes
+        self.quantizer_dropout = quantizer_dropout
+        self.epsilon = epsilon
+
+        codebook = torch.randn(num_codebooks, codebook_size, codebook_dim)  # (M, K, C)
+        self.codebook = nn.Parameter(codebook, requires_grad=codebook_update == "gradient")
+        if codebook_update == "ema":
+            self.register_buffer("cluster_size", torch.zeros(codebook.shape[:2]))  # (M, K) running counts
+            self.register_buffer("cluster_sum", codebook.clone())  # (M, K, C) running sums
+
+    def codebook_at(self, d: int) -> torch.Tensor:
+        """The codebook of depth index d (0-based), `(K, C)` float32."""
+        return self.codebook[0 if self.shared_codebook else d].float()
+
+    def forward(self, z: torch.Tensor) -> QuantizerOutput:
+        """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
+
+        Raises `ValueError` when the last dimension is not C.
+        """
+        self._check_vectors(z)
+        with torch.autocast(z.device.type, enabled=False):
+            inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
+            residual = inputs.detach()
+            partial_sum = quantized = torch.zeros_like(residual)
+            last_depth = self._draw_last_depths(z)  # (N, 1), or None where all depths are summed
+            codes, commitment, codebook_loss = [], [], []
+            for d in range(self.depth):
+                code = nearest(residual, self.codebook_at(d))  # (N,)
+                codeword = F.embedding(code, self.codebook_at(d))  # (N, C)
+                if self.training and self.codebook_update == "ema":
+                    self._update_codebook(residual, code, d)
+                residual = residual - codeword.detach()
+                partial_sum = partial_sum + codeword
+                quantized = partial_sum if last_depth is None else torch.where(d > last_depth, quantized, partial_sum)
+                codes.append(code)
+                commitment.append(F.mse_loss(inputs, partial_sum.detach()))
+                codebook_loss.append(F.mse_loss(partial_sum, inputs.detach()))
+
+            straight_through = inputs + (quantized - inputs).detach()
+        return QuantizerOutput(
+            quantized=straight_through.reshape(z.shape).to(z.dtype),
+            codes=torch.stack(codes, dim=-1).reshape(*z.shape[:-1], self.depth),
+            commitment_loss=torch.stack(commitment).mean(),
+            codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
+        )
+
+    @torch.no_grad()
+    def get_codes(
+        self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of `z` `(..., C)` and the residuals they were chosen for; never updates the codebook.
+
+        With a `temperature` τ > 0 the codes are drawn from softmax(−‖r − e(k)‖²/τ), the stochastic sampling of
+        section 3.2.3; without, they are the nearest ones.
+
+        Returns:
+            codes `(..., D)` int64 and residuals `(..., D, C)` float32, where residual d is what depth d quantizes.
+        """
+        self._check_vectors(z)
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
+        with torch.autocast(z.device.type, enabled=False):
+            residual = z.float().reshape(-1, self.codebook_dim)
+            codes, residuals = [], []
+            for d in range(self.depth):
+                if temperature is None:
+                    code = nearest(residual, self.codebook_at(d))
+                else:
+                    code = sample_codes(residual, self.codebook_at(d), temperature, generator)
+                codes.append(code)
+                residuals.append(residual)
+                residual = residual - F.embedding(code, self.codebook_at(d))
+        shape = z.shape[:-1]
+        return (
+            torch.stack(codes, dim=-1).reshape(*shape, self.depth),
+            torch.stack(residuals, dim=-2).reshape(*shape, self.depth, self.codebook_dim),
+        )
+
+    @torch.no_grad()
+    def get_soft_codes(
+        self,
+        z: torch.Tensor,
+        temperature: float = 1.0,
+        stochastic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Soft targets softmax(−‖r − e(k)‖²/τ) of every depth (section 3.2.3) and the codes along which they follow.
+
+        Args:
+            temperature: τ > 0, in units of squared distance.
+            stochastic: draw the codes from the soft targets instead of taking the nearest.
+
+        Returns:
+            targets `(..., D, K)` float32 and codes `(..., D)` int64.
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature must be greater than 0, got {temperature}")
+        codes, residuals = self.get_codes(z, temperature if stochastic else None, generator)
+        targets = [soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)]
+        return torch.stack(targets, dim=-2), codes
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codewords of `codes` `(..., d)` with d ≤ D, not summed: `(..., d, C)`."""
+        return embed_codes(codes, self.codebook)
+
+    @torch.no_grad()
+    def initialize(self, vectors: torch.Tensor, iterations: int = 10) -> None:
+        """
+        Sets the codebook by k-means on vectors `(..., C)`: depth after depth on the residuals that the codebooks
+        before leave; one codebook for all depths, on the residuals of all depths that k-means on the vectors leaves.
+
+        Raises `ValueError` for fewer vectors than codewords.
+        """
+        self._check_vectors(vectors)
+        vectors = vectors.float().reshape(-1, self.codebook_dim)
+        residual = vectors
+        for m in range(len(self.codebook)):
+            self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
+            residual = residual - F.embedding(nearest(residual, self.codebook_at(m)), self.codebook_at(m))
+        if self.shared_codebook and self.depth > 1:
+            residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
+            self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
+
+    def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
+        self.codebook[m] = codewords
+        if self.codebook_update == "ema":
+            self.cluster_size[m] = counts
+            self.cluster_sum[m] = codewords * counts[:, None]
+
+    def _check_vectors(self, z: torch.Tensor) -> None:
+        if z.shape[-1] != self.codebook_dim:
+            raise ValueError(
+                f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
+            )
+
+    def _draw_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
+        """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""
+        if not (self.training and self.quantizer_dropout):
+            return None
+        batch_size, device = len(z), z.device
+        last_depth = torch.randint(self.depth, (batch_size,), device=device)
+        kept_whole = torch.rand(batch_size, device=device) >= self.quantizer_dropout
+        last_depth = last_depth.masked_fill(kept_whole, self.depth - 1)
+        return last_depth.repeat_interleave(z.numel() // (batch_size * self.codebook_dim))[:, None]
+
+    @torch.no_grad()
+    def _update_codebook(self, residual: torch.Tensor, code: torch.Tensor, d: int) -> None:
+        """Moves the codewords of depth d towards the means of their residuals `(N, C)`, in the authors' order."""
+        m = 0 if self.shared_codebook else d
+        count = torch.bincount(code, minlength=self.codebook_size).to(residual.dtype)  # (K,)
+        total = torch.zeros_like(self.cluster_sum[m], dtype=residual.dtype).index_add_(0, code, residual)  # (K, C)
+        fresh = self._restart_candidates(residual) if self.restart_unused_codes else None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+            if fresh is not None:
+                dist.broadcast(fresh, src=0)
+
+        decay = self.ema_decay[m] if isinstance(self.ema_decay, Sequence) else self.ema_decay
+        cluster_size, cluster_sum = self.cluster_size[m], self.cluster_sum[m]
+        cluster_size.mul_(decay).add_(count, alpha=1 - decay)
+        cluster_sum.mul_(decay).add_(total, alpha=1 - decay)
+        if fresh is not None:
+            dead = cluster_size < 1
+            cluster_sum.copy_(torch.where(dead[:, None], fresh, cluster_sum))
+            cluster_size.masked_fill_(dead, 1)
+
+        # Laplace smoothing keeps empty clusters away from a division by zero.
+        n = cluster_size.sum()
+        smoothed = n * (cluster_size + self.epsilon) / (n + self.codebook_size * self.epsilon)
+        self.codebook[m] = cluster_sum / smoothed[:, None]
+
+    def _restart_candidates(self, residual: torch.Tensor) -> torch.Tensor:
+        """K residuals of the batch in random order, repeated with a little noise where N < K. (N, C) -> (K, C)"""
+        repeats = -(-self.codebook_size // len(residual))
+        if repeats > 1:
+            noise = torch.rand(repeats, *residual.shape, device=residual.device).mul_(0.01 / self.codebook_dim**0.5)
+            residual = noise.add_(residual).flatten(0, 1)
+        return residual[torch.randperm(len(residual), device=residual.device)[: self.codebook_size]]
+
+    def extra_repr(self) -> str:
+        return (
+            f"codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}, depth={self.depth}, "
+            f"shared_codebook={self.shared_codebook}, codebook_update={self.codebook_update!r}"
+        )

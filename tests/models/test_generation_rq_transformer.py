@@ -1,0 +1,747 @@
+import copy
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import KINDS, STACK, D, H, K, L, LargestTensor, T, W, tiny_codes, tiny_condition, tiny_transformer
+from transformers import GenerationConfig
+
+from rq_hf import RQTransformerModel
+from rq_hf.models.rq_transformer.code_sampling import draw_codes, filter_logits, mass_before, num_candidates
+
+GREEDY = {"do_sample": False}
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+variants = pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"shared_classifier": False, "shared_codebook": False},
+        {"cumulative_depth_inputs": False},
+        {"code_shape": (H, W, 1), "depth_config": STACK | {"num_hidden_layers": 0}},
+        {"code_shape": (1, 1, D)},
+    ],
+    ids=["shared", "per depth", "last codeword", "no depth stack", "one position"],
+)
+
+
+def seeded_generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def greedy_by_forward(model, cond_ids, batch_size=2, prefix_codes=None, start=0, scale=None):
+    """Greedy codes from whole teacher-forced passes, without any cache."""
+    shape = model.config.code_shape
+    codes = torch.zeros(batch_size, *shape, dtype=torch.long) if prefix_codes is None else prefix_codes.clone()
+    codes = codes.flatten(1, 2)
+    codes[:, start:] = 0
+    for position in range(start, codes.shape[1]):
+        for d in range(shape[-1]):
+            logits = model(codes.view(batch_size, *shape), cond_ids).logits
+            if scale is not None:
+                null = model(codes.view(batch_size, *shape), torch.full_like(cond_ids, model.config.null_cond_id))
+                logits = null.logits + scale * (logits - null.logits)
+            codes[:, position, d] = logits.flatten(1, 2)[:, position, d].argmax(dim=-1)
+    return codes.view(batch_size, *shape)
+
+
+@kinds
+@variants
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cached_greedy_codes_equal_uncached_ones(kind, overrides, attention):
+    model, ids = tiny_transformer(kind, **overrides), tiny_condition(kind)
+    expected = greedy_by_forward(model, ids)
+    model.set_attn_implementation(attention)
+    codes = model.generate(ids, num_images=2, **GREEDY)
+    assert codes.dtype == torch.long
+    assert torch.equal(codes, expected)
+
+
+@kinds
+@pytest.mark.parametrize("start", [1, T - 1, T])
+def test_greedy_codes_continue_a_prefix(kind, start):
+    model, ids, prefix = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+    codes = model.generate(ids, prefix_codes=prefix, start=start, **GREEDY)
+    assert torch.equal(codes.flatten(1, 2)[:, :start], prefix.flatten(1, 2)[:, :start])
+    assert torch.equal(codes, greedy_by_forward(model, ids, prefix_codes=prefix, start=start))
+    assert torch.equal(codes, prefix) == (start == T)
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("start", [0, 2])
+def test_guided_greedy_codes_equal_the_manual_combination(kind, scale, start):
+    model, ids, prefix = tiny_transformer(kind), tiny_condition(kind), tiny_codes() if start else None
+    codes = model.generate(ids, prefix_codes=prefix, start=start, guidance_scale=scale, **GREEDY)
+    expected = greedy_by_forward(model, ids, prefix_codes=prefix, start=start, scale=scale)
+    assert torch.equal(codes, expected)
+    assert not torch.equal(codes, model.generate(ids, prefix_codes=prefix, start=start, **GREEDY))
+
+
+def test_guidance_forms_the_logits_of_each_image_once():
+    batch_size, codebook_size = 64, 512  # so that no other tensor is as large as the logits
+    model, ids = tiny_transformer("class", codebook_size=codebook_size), tiny_condition("class", batch_size)
+    with LargestTensor() as largest:
+        model.generate(ids, guidance_scale=3.0, **GREEDY)
+    assert largest.bytes == 4 * batch_size * codebook_size
+
+
+def test_guidance_of_one_is_none():
+    model, ids = tiny_transformer("class"), tiny_condition("class")
+    assert torch.equal(model.generate(ids, guidance_scale=1.0, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_conditions_may_be_flat_when_they_are_single_ids():
+    model, ids = tiny_transformer("class"), torch.tensor([0, 2, 1])
+    assert torch.equal(model.generate(ids, **GREEDY), model.generate(ids[:, None], **GREEDY))
+
+
+@pytest.mark.parametrize("num_images", [None, 1, 3])
+def test_an_unconditional_model_draws_as_many_images_as_asked_for(num_images):
+    codes = tiny_transformer().generate(num_images=num_images)
+    assert codes.shape == (num_images or 1, H, W, D)
+    assert 0 <= codes.min() <= codes.max() < K
+
+
+@kinds
+def test_the_generator_alone_decides(kind):
+    model, ids = tiny_transformer(kind), tiny_condition(kind)
+    torch.manual_seed(1)
+    first = model.generate(ids, num_images=2, generator=seeded_generator())
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = model.generate(ids, num_images=2, generator=seeded_generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, model.generate(ids, num_images=2, generator=seeded_generator(1)))
+
+
+def test_without_a_generator_the_global_seed_decides():
+    model, drawn = tiny_transformer(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(num_images=2))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "setting", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=["top_k", "top_p", "temperature"]
+)
+def test_extreme_settings_are_greedy(setting):
+    model = tiny_transformer()
+    codes = model.generate(num_images=5, **setting)
+    assert torch.equal(codes, model.generate(num_images=5, **GREEDY))
+
+
+@pytest.mark.parametrize("name, greedy, free", [("top_k", 1, K), ("top_p", 1e-6, 1.0), ("temperature", 1e-6, 3.0)])
+@pytest.mark.parametrize("greedy_depths", [[0], [0, 1], [1, 2, 3]])
+def test_settings_per_depth(name, greedy, free, greedy_depths):
+    model = tiny_transformer()
+    values = [greedy if d in greedy_depths else free for d in range(D)]
+    codes = model.generate(num_images=20, **{name: values})
+    most_likely = model(codes).logits.argmax(dim=-1)
+    is_greedy = [torch.equal(codes[..., d], most_likely[..., d]) for d in range(D)]
+    assert is_greedy == [d in greedy_depths for d in range(D)]
+
+
+def chi_square(counts, probabilities):
+    expected = probabilities * counts.sum()
+    return (((counts - expected) ** 2)[expected > 0] / expected[expected > 0]).sum().item()
+
+
+@pytest.mark.parametrize("kind, scale", [("none", 1.0), ("class", 1.0), ("class", 2.5)])
+def test_drawn_codes_follow_the_probabilities_of_the_model(kind, scale):
+    model = tiny_transformer(kind, code_shape=(1, 1, 2), codebook_size=5)
+    num_images = 5000
+    ids = None if kind == "none" else torch.full((num_images, 1), 2)
+    codes = model.generate(
+        ids, num_images=num_images, generator=seeded_generator(), temperature=1.5, guidance_scale=scale
+    )
+    pairs = torch.cartesian_prod(torch.arange(5), torch.arange(5))  # all code maps there are
+    logits = model(pairs.view(25, 1, 1, 2), None if ids is None else ids[:25]).logits
+    if kind == "class":
+        null = model(pairs.view(25, 1, 1, 2), torch.full((25, 1), model.config.null_cond_id)).logits
+        logits = null + scale * (logits - null)
+    log_probabilities = (logits / 1.5).log_softmax(dim=-1).view(25, 2, 5)
+    joint = log_probabilities.gather(-1, pairs[..., None]).sum(dim=(1, 2)).exp()
+    torch.testing.assert_close(joint.sum(), torch.tensor(1.0))
+    counts = torch.bincount(codes.view(-1, 2) @ torch.tensor([5, 1]), minlength=25)
+    assert chi_square(counts, joint) < 60  # 24 degrees of freedom
+
+
+def brute_force_filter(logits, top_k, top_p):
+    ranked = sorted(range(len(logits)), key=lambda k: -logits[k])
+    kept = [k for k in ranked if logits[k] >= logits[ranked[top_k - 1]]]
+    mass = [math.exp(logits[k]) for k in kept]
+    return {k for i, k in enumerate(kept) if sum(mass[:i]) / sum(mass) < top_p}
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 7, 20])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+def test_filter_keeps_the_nucleus_of_the_most_likely_codes(top_k, top_p):
+    logits = 2 * torch.randn(30, 20)
+    filtered = filter_logits(logits, top_k, top_p)
+    for row, original in zip(filtered, logits):
+        kept = row > -math.inf
+        assert set(kept.nonzero().flatten().tolist()) == brute_force_filter(original.tolist(), top_k, top_p)
+        assert torch.equal(row[kept], original[kept])
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, kept",
+    [
+        (1, 1.0, [3]),
+        (2, 1.0, [0, 1, 3]),
+        (3, 1.0, [0, 1, 3]),
+        (4, 1.0, [0, 1, 3, 4]),
+        (5, 0.399, [3]),
+        (5, 0.601, [0, 1, 3]),
+        (4, 0.81, [0, 1, 3]),
+        (4, 0.85, [0, 1, 3, 4]),
+    ],
+)
+def test_filter_by_hand(top_k, top_p, kept):
+    logits = torch.tensor([[0.2, 0.2, 0.05, 0.4, 0.15]]).log()
+    kept_here = (filter_logits(logits, top_k, top_p) > -math.inf)[0].nonzero().flatten().tolist()
+    assert kept_here == kept
+
+
+def draw(logits, top_k, top_p, generator):
+    shape = (len(logits), num_candidates(top_p))
+    return draw_codes(logits, top_k, top_p, torch.rand(shape, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("top_k", [3, 5, 12])
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6, 0.9, 1.0])
+def test_drawn_codes_have_the_frequencies_of_the_filtered_probabilities(generator, top_k, top_p):
+    logits = torch.randn(12).sort().values[torch.randperm(12)]
+    probabilities = filter_logits(logits[None], top_k, top_p)[0].softmax(dim=-1)
+    counts = torch.bincount(draw(logits.expand(50_000, 12), top_k, top_p, generator), minlength=12)
+    assert torch.equal(counts > 0, probabilities > 0)
+    assert chi_square(counts, probabilities) < 40  # at most 11 degrees of freedom
+
+
+@pytest.mark.parametrize("top_p", [0.45, 0.7, 0.92])
+def test_the_nucleus_of_a_large_codebook_is_exact(generator, top_p):
+    logits = (3 * torch.randn(5, 4096)).round(decimals=1)  # with ties
+    kept = filter_logits(logits, 2048, top_p) > -math.inf
+    rows = torch.arange(5).repeat(4000)
+    codes = draw(logits[rows], 2048, top_p, generator)
+    assert kept[rows, codes].all()
+    probabilities = filter_logits(logits, 2048, 1.0).softmax(dim=-1)
+    for code in range(0, 4096, 7):
+        inside = mass_before(probabilities, torch.full((5,), code)) < top_p
+        assert torch.equal(inside & (probabilities[:, code] > 0), kept[:, code])
+
+
+@pytest.mark.parametrize("uniform, code", [(0.0, 1), (0.2, 1), (0.3, 3), (1 - 2**-53, 3)])
+def test_codes_without_mass_are_never_drawn(uniform, code):
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]])
+    assert draw_codes(logits, 5, 1.0, torch.tensor([[uniform]], dtype=torch.float64)).item() == code
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [GREEDY, {}, {"top_k": 3}, {"top_p": 0.9}, {"top_p": 0.1}])
+def test_logits_that_are_no_numbers_are_an_error(value, settings):
+    model = tiny_transformer()
+    torch.nn.init.constant_(model.classifier.bias, value)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.generate(num_images=2, **settings)
+
+
+class TestGeneratorPerImage:
+    SETTINGS = {"top_k": 15, "top_p": 0.8, "temperature": 1.3}
+
+    @kinds
+    def test_codes_depend_on_condition_and_seed_alone(self, kind):
+        model, ids, seeds = tiny_transformer(kind), tiny_condition(kind, 6), [7, 3, 7, 0, 5, 2**40]
+        if ids is not None:
+            ids[2] = ids[0]
+        whole = model.generate(ids, num_images=6, generator=seeds, **self.SETTINGS)
+        for rows in ([0], [1, 2, 3], [5, 4], [4, 0, 1]):
+            part = None if ids is None else ids[rows]
+            codes = model.generate(part, num_images=len(rows), generator=[seeds[i] for i in rows], **self.SETTINGS)
+            assert torch.equal(codes, whole[rows])
+        assert torch.equal(whole[0], whole[2])
+        assert not torch.equal(whole[0], whole[1])
+
+    def test_a_seed_stands_for_a_generator(self):
+        model = tiny_transformer()
+        codes = model.generate(generator=[seeded_generator(4), seeded_generator(5)], num_images=2, **self.SETTINGS)
+        assert torch.equal(codes, model.generate(generator=[4, 5], num_images=2, **self.SETTINGS))
+
+    def test_one_generator_for_two_images_is_an_error(self):
+        with pytest.raises(ValueError, match="a generator of its own"):
+            tiny_transformer().generate(num_images=2, generator=[seeded_generator()] * 2)
+
+
+class TestKeptDepths:
+    @kinds
+    @pytest.mark.parametrize("keep_depth", range(1, D))
+    @pytest.mark.parametrize("start", [0, 3])
+    def test_the_first_codes_stay_and_the_others_are_as_likely_as_the_model_says(self, kind, keep_depth, start):
+        model, ids, given = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+        codes = model.generate(ids, prefix_codes=given, start=start, keep_depth=keep_depth, **GREEDY)
+        assert torch.equal(codes[..., :keep_depth], given[..., :keep_depth])
+        assert torch.equal(codes.flatten(1, 2)[:, :start], given.flatten(1, 2)[:, :start])
+        most_likely = model(codes, ids).logits.argmax(dim=-1)
+        assert torch.equal(
+            codes.flatten(1, 2)[:, start:, keep_depth:], most_likely.flatten(1, 2)[:, start:, keep_depth:]
+        )
+
+    def test_survive_what_on_position_returns(self):
+        model, given = tiny_transformer(), tiny_codes()
+
+        def change_the_first(position, codes):
+            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K if position == 2 else codes[:, 0, 0]
+            return codes
+
+        codes = model.generate(prefix_codes=given, keep_depth=2, on_position=change_the_first, **GREEDY)
+        assert torch.equal(codes.flatten(1, 2)[:, 3:, :2], given.flatten(1, 2)[:, 3:, :2])
+        most_likely = model(codes).logits.argmax(dim=-1)
+        assert torch.equal(codes.flatten(1, 2)[:, 3:, 2:], most_likely.flatten(1, 2)[:, 3:, 2:])
+
+
+class TestGuidance:
+    def teacher_forced(self, model, codes, ids, negative_ids, scales):
+        conditional, null = model(codes, ids).logits, model(codes, negative_ids).logits
+        return null + scales * (conditional - null)
+
+    @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+    def test_schedules_grow_over_the_positions(self, schedule):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        codes = model.generate(ids, guidance_scale=3.0, guidance_schedule=schedule, **GREEDY)
+        progress = torch.linspace(0, 1, T).view(1, H, W, 1, 1)
+        share = {"constant": 1.0, "linear": progress, "cosine": (1 - torch.cos(math.pi * progress)) / 2}[schedule]
+        null = torch.full_like(ids, model.config.null_cond_id)
+        logits = self.teacher_forced(model, codes, ids, null, 1 + 2.0 * share)
+        assert torch.equal(codes, logits.argmax(dim=-1))
+
+    def test_scale_per_depth(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        codes = model.generate(ids, guidance_scale=[1.0, 4.0, 2.0, 1.0], **GREEDY)
+        null = torch.full_like(ids, model.config.null_cond_id)
+        logits = self.teacher_forced(model, codes, ids, null, torch.tensor([1.0, 4.0, 2.0, 1.0])[:, None])
+        assert torch.equal(codes, logits.argmax(dim=-1))
+
+    def test_away_from_another_condition(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        away = (ids + 1) % 3
+        codes = model.generate(ids, guidance_scale=2.5, negative_cond_ids=away, **GREEDY)
+        assert torch.equal(codes, self.teacher_forced(model, codes, ids, away, 2.5).argmax(dim=-1))
+        assert not torch.equal(codes, model.generate(ids, guidance_scale=2.5, **GREEDY))
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"guidance_schedule": "linear"}, "guidance_schedule needs a guidance_scale other than 1"),
+            ({"negative_cond_ids": torch.tensor([1])}, "negative_cond_ids needs a guidance_scale other than 1"),
+            ({"guidance_scale": 2.0, "guidance_schedule": "steep"}, "guidance_schedule must be one of .* got 'steep'"),
+            ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([1, 2])}, r"shape \(1, 1\)"),
+            ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([99])}, "cond_ids must lie in"),
+            ({"guidance_scale": [2.0, 1.0]}, "one per depth"),
+        ],
+    )
+    def test_bad_arguments_are_errors(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_transformer("class").generate(torch.tensor([0]), **arguments)
+
+
+@kinds
+def test_images_of_one_condition_share_its_prefix(kind):
+    model, ids = tiny_transformer(kind), tiny_condition(kind, 2)
+    ids = None if ids is None else ids.repeat_interleave(3, dim=0)[torch.tensor([0, 3, 1, 4, 2, 5])]
+    rows = []
+    model.spatial_stack.register_forward_pre_hook(lambda stack, args: rows.append(len(args[0])))
+    codes = model.generate(ids, num_images=6, **GREEDY)
+    assert rows == [1 if ids is None else 2] + [6] * (T - 1)
+    assert torch.equal(codes, model(codes, ids).logits.argmax(dim=-1))
+
+
+class TestCompiled:
+    """Traced by torch.compile without a break; what a device's compiler makes of the graphs is its own affair."""
+
+    OPTIONS = {"backend": "aot_eager", "mode": None}
+    SETTINGS = [
+        GREEDY,
+        {
+            "generator": [3, 1, 4],
+            "top_k": [9, 2, 12, 1],
+            "top_p": [0.3, 1.0, 0.95, np.float32(0.9)],
+            "temperature": 1.5,
+        },
+    ]
+
+    @pytest.fixture(autouse=True)
+    def forget_graphs(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+    @kinds
+    def test_forward_gives_the_same_logits(self, kind):
+        model, codes, ids = tiny_transformer(kind), tiny_codes(), tiny_condition(kind)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(codes, ids).logits, model(codes, ids).logits)
+
+    @kinds
+    @variants
+    def test_steps_draw_the_same_codes_by_two_graphs(self, kind, overrides):
+        model, ids = tiny_transformer(kind, **overrides), tiny_condition(kind, 3)
+        model.set_attn_implementation("eager" if kind == "class" else "sdpa")
+        expected = model.generate(ids, num_images=3, **GREEDY)
+        model.compile_steps(**self.OPTIONS)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, num_images=3, **GREEDY), expected)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == (1 if model.config.code_shape[:2] == (1, 1) else 2)
+
+    @pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "drawn"])
+    @pytest.mark.parametrize("scale", [1.0, 2.5])
+    def test_steps_draw_the_same_codes_with_all_settings(self, settings, scale):
+        model, ids, given = tiny_transformer("class"), tiny_condition("class", 3), tiny_codes(3)
+        call = {**settings, "guidance_scale": scale, "prefix_codes": given, "start": 2, "keep_depth": 1}
+        if scale != 1.0:
+            call["guidance_schedule"] = "cosine"
+        expected = model.generate(ids, **call)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(ids, **call), expected)
+
+    @kinds
+    def test_steps_go_on_from_replaced_codes(self, kind):
+        model, ids = tiny_transformer(kind, code_shape=(3, 4, D)), tiny_condition(kind)
+
+        def change_the_first(position, codes):
+            codes[:, 0, 0] = (codes[:, 0, 0] + 1) % K
+            return codes if position != 5 else None
+
+        call = {"cond_ids": ids, "num_images": 2, "on_position": change_the_first, **GREEDY}
+        expected = model.generate(**call)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(**call), expected)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+    def test_steps_need_no_other_graphs_for_other_temperatures_guidance_and_starts(self):
+        model, ids, given = tiny_transformer("class"), tiny_condition("class", 3), tiny_codes(3)
+        calls = [{"temperature": 0.5 + i / 10, "guidance_scale": 2.0 + i, "generator": [i, 1, 2]} for i in range(10)]
+        calls += [{"prefix_codes": given, "start": start, "guidance_scale": 2.0, **GREEDY} for start in range(1, T)]
+        expected = [model.generate(ids, **call) for call in calls]
+        model.compile_steps(**self.OPTIONS)
+        for call, codes in zip(calls, expected):
+            assert torch.equal(model.generate(ids, **call), codes)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3  # greedily another one
+
+    def test_steps_draw_any_number_of_images(self):
+        model = tiny_transformer()
+        expected = [model.generate(num_images=n, **GREEDY) for n in range(1, 11)]
+        model.compile_steps(**self.OPTIONS)
+        for n, codes in enumerate(expected, start=1):
+            assert torch.equal(model.generate(num_images=n, **GREEDY), codes)
+
+    def test_steps_within_steps(self):
+        model = tiny_transformer()
+        call = {"num_images": 2, "generator": [1, 2]}
+
+        def draw_others(position, codes):
+            model.generate(num_images=2, generator=[3, 4])
+
+        expected = model.generate(**call)
+        model.compile_steps(**self.OPTIONS)
+        assert torch.equal(model.generate(**call, on_position=draw_others), expected)
+
+    def test_steps_in_inference_mode_first(self):
+        model = tiny_transformer()
+        expected = model.generate(num_images=2, **GREEDY)
+        model.compile_steps(**self.OPTIONS)
+        with torch.inference_mode():
+            assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+        assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+
+    def test_steps_forget_logits_that_are_no_numbers(self):
+        model = tiny_transformer()
+        expected, weight = model.generate(num_images=2, **GREEDY), model.spatial_stack.layers[0].attention_norm.weight
+        model.compile_steps(**self.OPTIONS)
+        kept = weight.detach().clone()
+        torch.nn.init.constant_(weight, math.nan)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            model.generate(num_images=2, **GREEDY)
+        weight.data.copy_(kept)
+        assert torch.equal(model.generate(num_images=2, **GREEDY), expected)
+
+    def test_steps_are_compiled_for_more_settings_than_dynamo_allows_by_default(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        expected = [model.generate(ids, top_k=k, generator=[1, 2]) for k in range(1, 5)]
+        model.compile_steps(**self.OPTIONS)
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for k, codes in enumerate(expected, start=1):
+                assert torch.equal(model.generate(ids, top_k=k, generator=[1, 2]), codes)
+
+    def test_steps_see_weights_that_were_changed_moved_or_copied(self):
+        model, ids = tiny_transformer("class"), tiny_condition("class")
+        model.compile_steps(**self.OPTIONS)
+        model.generate(ids, **GREEDY)
+        copied = copy.deepcopy(model)
+        torch.nn.init.normal_(copied.code_projection.weight)
+        copied.double()
+        assert torch.equal(copied.generate(ids, **GREEDY), greedy_by_forward(copied, ids))
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+    def test_steps_draw_the_same_codes_when_compiled_to_machine_code(self):
+        model, ids = tiny_transformer("text"), tiny_condition("text", 3)
+        expected = model.generate(ids, **self.SETTINGS[1])
+        model.compile_steps()
+        assert torch.equal(model.generate(ids, **self.SETTINGS[1]), expected)
+
+    def test_refuses_attention_without_masks_and_packed_weights(self):
+        model = tiny_transformer()
+        model.spatial_stack.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="need the attention 'sdpa' or 'eager', got 'flash_attention_2'"):
+            model.compile_steps()
+        model.set_attn_implementation("sdpa")
+        model.compile_steps()
+        with pytest.raises(ValueError, match="compiled is not packed"):
+            model.pack_weights()
+        packed = tiny_transformer()
+        packed.pack_weights()
+        with pytest.raises(ValueError, match="packed weights are not compiled"):
+            packed.compile_steps()
+
+
+class TestPackedWeights:
+    @kinds
+    @pytest.mark.parametrize("shared_classifier", [True, False])
+    @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+    def test_leave_codes_and_logits_as_they_are(self, kind, shared_classifier, activation):
+        stack = STACK | {"num_hidden_layers": 2, "hidden_act": activation}
+        options = {"spatial_config": stack, "depth_config": stack, "shared_classifier": shared_classifier}
+        model, ids, codes = tiny_transformer(kind, **options), tiny_condition(kind), tiny_codes()
+        expected, logits = model.generate(ids, num_images=2, **GREEDY), model(codes, ids).logits
+        model.pack_weights()
+        torch.testing.assert_close(model(codes, ids).logits, logits)
+        assert torch.equal(model.generate(ids, num_images=2, **GREEDY), expected)
+
+    @kinds
+    def test_are_no_less_exact_in_bfloat16(self, kind):
+        model, ids, codes = tiny_transformer(kind), tiny_condition(kind, 16), tiny_codes(16)
+        exact = model(codes, ids).logits
+        plain = model.bfloat16()(codes, ids).logits.float()
+        model.pack_weights()
+        packed = model(codes, ids).logits.float()
+        assert (packed - exact).norm() < 1.1 * (plain - exact).norm()
+
+    def test_are_saved_as_they_were(self, tmp_path):
+        model = tiny_transformer("text")
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        model.pack_weights()
+        model.pack_weights()
+        model.save_pretrained(tmp_path)
+        loaded = RQTransformerModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded.state_dict(), weights, rtol=0, atol=0)
+
+    def test_cannot_be_moved_cast_or_trained(self):
+        model = tiny_transformer()
+        model.pack_weights()
+        model.to("cpu").eval()
+        for move in (lambda: model.to("meta"), model.bfloat16):
+            with pytest.raises(ValueError, match="packed weights stay on the CPU in torch.float32"):
+                move()
+        with pytest.raises(ValueError, match="packed weights has no loss"):
+            model(tiny_codes(), labels=tiny_codes())
+
+    def test_need_float32_or_bfloat16(self):
+        with pytest.raises(ValueError, match="in float32 or bfloat16; this model is on cpu in torch.float16"):
+            tiny_transformer().half().pack_weights()
+
+
+def test_on_position_sees_every_position_in_raster_order():
+    model, seen = tiny_transformer(), []
+    codes = model.generate(num_images=2, on_position=lambda position, codes: seen.append((position, codes.clone())))
+    assert [position for position, _ in seen] == list(range(T))
+    for position, so_far in seen:
+        assert torch.equal(so_far.flatten(1, 2)[:, : position + 1], codes.flatten(1, 2)[:, : position + 1])
+        assert not so_far.flatten(1, 2)[:, position + 1 :].any()
+
+
+@pytest.mark.parametrize("kind, scale", [("none", 1.0), ("class", 2.0)])
+@pytest.mark.parametrize("first_replaced", [1, 0], ids=["last position", "earlier positions too"])
+def test_replaced_codes_are_continued_from(kind, scale, first_replaced):
+    model, ids, other = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
+    settings = GREEDY | {"num_images": 2, "guidance_scale": scale}
+    plain = model.generate(ids, **settings)
+    other.flatten(1, 2)[:, :first_replaced] = plain.flatten(1, 2)[:, :first_replaced]
+    changed = model.generate(ids, on_position=lambda i, codes: other if i == 1 else None, **settings)
+    assert torch.equal(changed, model.generate(ids, prefix_codes=other, start=2, **settings))
+    assert not torch.equal(changed, plain)
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_codes_edited_in_place_count_when_returned(returned):
+    model = tiny_transformer()
+
+    def edit(position, codes):
+        codes[:, 0, 0] = 3
+        return codes if returned else None
+
+    plain = model.generate(**GREEDY)
+    codes = model.generate(on_position=edit, **GREEDY)
+    edited = plain.clone()
+    edited[:, 0, 0] = 3
+    assert not torch.equal(edited, plain)
+    assert torch.equal(codes, model.generate(prefix_codes=edited, start=1, **GREEDY) if returned else plain)
+
+
+def test_replaced_codes_are_not_written_to():
+    other = tiny_codes()
+    before = other.clone()
+    tiny_transformer().generate(num_images=2, on_position=lambda position, codes: other if position == 0 else None)
+    assert torch.equal(other, before)
+
+
+def test_prefix_is_not_written_to():
+    prefix = tiny_codes()
+    before = prefix.clone()
+    tiny_transformer().generate(prefix_codes=prefix, start=2)
+    assert torch.equal(prefix, before)
+
+
+def test_replaced_codes_are_checked():
+    with pytest.raises(ValueError, match=rf"codes must lie in \[0, {K}\)"):
+        tiny_transformer().generate(on_position=lambda position, codes: codes + K)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_replaced_codes_of_another_batch_size_are_an_error(batch_size):
+    with pytest.raises(ValueError, match=f"batch size.*{batch_size}"):
+        tiny_transformer().generate(num_images=2, on_position=lambda position, codes: tiny_codes(batch_size))
+
+
+SETTINGS = {
+    "greedy": {"do_sample": False},
+    "numbers": {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "guidance_scale": 2.0},
+    "per depth": {"temperature": [1.0, 0.9, 0.8, 0.7], "top_k": [K, 9, 6, 3], "top_p": [1.0, 0.9, 0.9, 0.8]},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_saved_generation_config_is_the_default(tmp_path, settings):
+    model, ids = tiny_transformer("class"), torch.arange(4)
+    plain = model.generate(ids, generator=seeded_generator())
+    expected = model.generate(ids, generator=seeded_generator(), **settings)
+    model.generation_config = GenerationConfig(**{"do_sample": True} | settings)
+    model.save_pretrained(tmp_path)
+    loaded = RQTransformerModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(ids, generator=seeded_generator()), expected)
+    assert not torch.equal(expected, plain)
+
+
+def test_arguments_override_the_generation_config():
+    model, ids = tiny_transformer("class"), torch.arange(4)
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": K, "top_p": 1.0, "guidance_scale": 1.0}
+    expected = model.generate(ids, generator=seeded_generator())
+    model.generation_config = GenerationConfig(
+        do_sample=False, temperature=0.1, top_k=2, top_p=0.5, guidance_scale=3.0
+    )
+    assert torch.equal(model.generate(ids, generator=seeded_generator(), **plain), expected)
+    assert torch.equal(
+        model.generate(ids, generation_config=GenerationConfig(**plain), generator=seeded_generator()), expected
+    )
+    assert not torch.equal(model.generate(ids), expected)
+
+
+def test_default_settings_draw_from_the_whole_distribution():
+    model = tiny_transformer(code_shape=(1, 1, 1), codebook_size=100, initializer_range=0.01)
+    codes = model.generate(num_images=5000)
+    assert len(codes.unique()) == 100
+
+
+def test_generation_leaves_training_state_alone():
+    model = tiny_transformer().train()
+    codes = model.generate(num_images=2)
+    assert model.training
+    assert not codes.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_autocast_generation_runs():
+    model = tiny_transformer("class")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        codes = model.generate(torch.tensor([0, 1]), guidance_scale=2.0)
+    assert codes.shape == (2, H, W, D)
+
+
+def test_half_precision_generation_agrees_at_first():
+    model = tiny_transformer()
+    expected = model.generate(**GREEDY)
+    codes = model.bfloat16().generate(**GREEDY)
+    assert codes[0, 0, 0, 0] == expected[0, 0, 0, 0]
+
+
+def test_unknown_argument_is_an_error():
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        tiny_transformer().generate(max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be greater than 0.*do_sample=False is greedy"),
+        ({"temperature": -1.0}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": math.inf}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": math.nan}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": [1.0, 1.0, 1.0, 0.0]}, ValueError, "temperature must be greater than 0"),
+        ({"temperature": [1.0] * (D - 1)}, ValueError, rf"temperature must be .* one per depth \({D}\), got {D - 1}"),
+        ({"top_k": 0}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": -1}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": 2.5}, ValueError, "top_k must be an integer of at least 1"),
+        ({"top_k": [1] * (D + 1)}, ValueError, rf"top_k must be .* one per depth \({D}\), got {D + 1}"),
+        ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": math.nan}, ValueError, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": [0.5]}, ValueError, rf"top_p must be .* one per depth \({D}\), got 1"),
+        ({"guidance_scale": 2.0}, ValueError, "null condition"),
+        ({"guidance_scale": math.nan}, ValueError, "guidance_scale must be finite"),
+        ({"start": 1}, ValueError, "got no prefix_codes, start=1, keep_depth=0"),
+        (
+            {"prefix_codes": tiny_codes(1)},
+            ValueError,
+            "got prefix_codes, start=0, keep_depth=0",
+        ),
+        ({"prefix_codes": tiny_codes(1), "start": -1}, ValueError, rf"start must lie in \[0, {T}\].*got -1"),
+        ({"prefix_codes": tiny_codes(1), "start": T + 1}, ValueError, rf"start must lie in \[0, {T}\].*got {T + 1}"),
+        ({"prefix_codes": tiny_codes(1) + K, "start": 1}, ValueError, rf"codes must lie in \[0, {K}\)"),
+        ({"prefix_codes": tiny_codes(1, (W, H, D)), "start": 1}, ValueError, "codes must have the shape"),
+        ({"prefix_codes": tiny_codes(2), "start": 1, "num_images": 3}, ValueError, "different batch size"),
+        ({"num_images": 0}, ValueError, "at least 1 image"),
+        ({"generator": 0}, TypeError, "a torch.Generator, or a list of them or of seeds, got 0"),
+        ({"generator": [0, 1]}, ValueError, "one generator per image needed, got 2 for 1 images"),
+    ],
+)
+def test_bad_arguments_are_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny_transformer().generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, message",
+    [
+        ("class", {}, "this model is conditional"),
+        ("class", {"num_images": 2}, "this model is conditional"),
+        ("class", {"cond_ids": torch.tensor([0, 1]), "num_images": 3}, "different batch size"),
+        ("class", {"cond_ids": torch.tensor([0]), "prefix_codes": tiny_codes(2), "start": 1}, "different batch size"),
+        ("class", {"cond_ids": torch.tensor([5])}, r"cond_ids must lie in \[0, 5\)"),
+        ("text", {"cond_ids": torch.zeros(1, L - 1, dtype=torch.long)}, rf"shape \(1, {L}\), got \(1, {L - 1}\)"),
+    ],
+)
+def test_bad_conditions_are_errors(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_transformer(kind).generate(**arguments)
+
+
+def test_arguments_are_checked_before_any_work():
+    seen = []
+    with pytest.raises(ValueError, match="top_p"):
+        tiny_transformer().generate(top_p=[1.0, 1.0, 1.0, 2.0], on_position=lambda *position: seen.append(position))
+    assert seen == []

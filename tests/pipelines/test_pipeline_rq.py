@@ -1,0 +1,344 @@
+import io
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny import (
+    CALLS,
+    CONDITIONS,
+    HEIGHT,
+    NUM_CLASSES,
+    WIDTH,
+    C,
+    D,
+    F,
+    H,
+    K,
+    L,
+    T,
+    W,
+    kinds,
+    tiny_codes,
+    tiny_pipeline,
+    tiny_tokenizer,
+    tiny_transformer,
+    tiny_vae,
+)
+
+from rq_hf import RQPipeline, RQPipelineOutput
+from rq_hf.data import Collator
+
+GREEDY = {"do_sample": False, "output_type": "latent"}
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+def seeded_generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_pictures(count=2, height=HEIGHT, width=WIDTH):
+    pixels = np.random.default_rng(0).integers(256, size=(count, height, width, 3), dtype=np.uint8)
+    return [PIL.Image.fromarray(array) for array in pixels]
+
+
+@kinds
+def test_all_output_types_show_the_same_pictures(kind):
+    pipe = tiny_pipeline(kind)
+    draw = {t: pipe(**CALLS[kind], generator=seeded_generator(), output_type=t) for t in ("pil", "np", "pt", "latent")}
+    codes = draw["latent"].codes
+    count = 1 if kind == "none" else 2
+    assert codes.shape == (count, H, W, D)
+    assert all(torch.equal(out.codes, codes) for out in draw.values())
+    assert torch.equal(draw["latent"].images, codes)
+
+    pixels = draw["pt"].images
+    assert pixels.shape == (count, 3, HEIGHT, WIDTH)
+    torch.testing.assert_close(pixels, (pipe.vae.decode_codes(codes).sample / 2 + 0.5).clamp(0, 1))
+    array = draw["np"].images
+    assert array.shape == (count, HEIGHT, WIDTH, 3)
+    np.testing.assert_allclose(array, pixels.permute(0, 2, 3, 1), atol=1e-6)
+    assert [picture.size for picture in draw["pil"].images] == [(WIDTH, HEIGHT)] * count
+    for picture, values in zip(draw["pil"].images, array):
+        assert picture.mode == "RGB"
+        np.testing.assert_allclose(np.asarray(picture), values * 255, atol=0.51)
+
+
+@pytest.mark.parametrize("kind, argument", [("class", "class_labels"), ("text", "prompt")])
+def test_pictures_of_one_prompt_stand_together(kind, argument):
+    pipe, (first, second) = tiny_pipeline(kind), CALLS[kind][argument]
+    one, other = (pipe(**{argument: x}, **GREEDY).codes for x in (first, second))
+    codes = pipe(**{argument: [first, second]}, num_images_per_prompt=3, **GREEDY).codes
+    assert not torch.equal(one, other)
+    assert torch.equal(codes, torch.cat([one, one, one, other, other, other]))
+
+
+def test_pictures_of_one_prompt_differ():
+    codes = tiny_pipeline("class")(class_labels=1, num_images_per_prompt=2, output_type="latent").codes
+    assert not torch.equal(codes[0], codes[1])
+
+
+def test_an_unconditional_model_draws_as_many_pictures_as_asked_for(pipe):
+    assert len(pipe(num_images_per_prompt=3).images) == 3
+
+
+@kinds
+def test_codes_are_those_that_generate_draws(kind):
+    pipe = tiny_pipeline(kind)
+    settings = {"temperature": [1.0, 0.9, 0.8, 0.7], "top_k": 9, "top_p": 0.9}
+    settings["guidance_scale"] = 1.0 if kind == "none" else 2.0
+    ids = None
+    if kind == "class":
+        ids = torch.tensor([[0], [2]])
+    elif kind == "text":
+        ids = pipe.encode_prompt(CALLS["text"]["prompt"])
+    expected = pipe.transformer.generate(ids, generator=seeded_generator(), **settings)
+    assert torch.equal(pipe(**CALLS[kind], generator=seeded_generator(), **settings).codes, expected)
+    assert not torch.equal(pipe(**CALLS[kind], generator=seeded_generator()).codes, expected)
+
+
+def test_settings_left_out_come_from_the_generation_config(pipe):
+    pipe.transformer.generation_config.do_sample = False
+    expected = pipe(**GREEDY).codes
+    assert torch.equal(pipe(output_type="latent").codes, expected)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prompts_are_padded_on_the_right_as_in_training(side):
+    pipe = tiny_pipeline("text")
+    pipe.tokenizer.padding_side = pipe.tokenizer.truncation_side = side
+    ids = pipe.encode_prompt(["red", "red apple"])
+    words = pipe.tokenizer(["red", "red apple"])["input_ids"]
+    assert ids.tolist() == [row + [0] * (L - len(row)) for row in words]
+    assert pipe.encode_prompt("red").tolist() == ids[:1].tolist()
+    image = PIL.Image.new("RGB", (8, 8))
+    examples = [{"text": text, "image": image} for text in ("red", "red apple")]
+    collate = Collator("image", 8, text_column="text", tokenizer=pipe.tokenizer)
+    assert torch.equal(collate(examples)["cond_ids"], ids)
+
+
+def test_a_tokenizer_without_a_padding_token_is_refused():
+    pipe = tiny_pipeline("text")
+    pipe.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer needs a padding token"):
+        pipe.encode_prompt("red")
+
+
+@kinds
+def test_tuple_holds_the_same_as_the_output(kind):
+    pipe = tiny_pipeline(kind)
+    output = pipe(**CALLS[kind], generator=seeded_generator(), output_type="pt")
+    as_tuple = pipe(**CALLS[kind], generator=seeded_generator(), output_type="pt", return_dict=False)
+    assert isinstance(output, RQPipelineOutput)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.images)
+    assert torch.equal(as_tuple[1], output.codes)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_progress_bar_counts_the_positions(pipe, start):
+    shown = io.StringIO()
+    pipe.set_progress_bar_config(file=shown)
+    pipe(start=start, prefix_codes=tiny_codes(1) if start else None)
+    assert f" {T - start}/{T - start} " in shown.getvalue()
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_callback_sees_every_step(pipe, start):
+    seen = []
+
+    def callback(pipeline, step, position, tensors):
+        seen.append((pipeline, step, position, tensors["codes"].clone()))
+        return tensors
+
+    codes = pipe(start=start, prefix_codes=tiny_codes(1) if start else None, callback_on_step_end=callback).codes
+    assert [(p, step, position) for p, step, position, _ in seen] == [(pipe, i, start + i) for i in range(T - start)]
+    for _, _, position, so_far in seen:
+        assert torch.equal(so_far.flatten(1, 2)[:, : position + 1], codes.flatten(1, 2)[:, : position + 1])
+
+
+def test_codes_that_the_callback_returns_are_continued_from(pipe):
+    plain, other = pipe(**GREEDY).codes, tiny_codes(1)
+    codes = pipe(**GREEDY, callback_on_step_end=lambda p, step, i, tensors: {"codes": other} if i == 0 else {}).codes
+    assert torch.equal(codes, pipe(**GREEDY, prefix_codes=other, start=1).codes)
+    assert not torch.equal(codes, plain)
+
+
+def test_callback_gets_only_the_tensors_asked_for(pipe):
+    seen = []
+    pipe(
+        callback_on_step_end=lambda p, step, position, tensors: seen.append(dict(tensors)) or {},
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert seen == [{}] * T
+
+
+def test_prefix_is_kept_in_the_picture(pipe):
+    prefix = tiny_codes(2)
+    codes = pipe(num_images_per_prompt=2, prefix_codes=prefix, start=4).codes
+    assert torch.equal(codes.flatten(1, 2)[:, :4], prefix.flatten(1, 2)[:, :4])
+
+
+NULL = CONDITIONS["class"]["null_cond_id"]
+BAD_CALLS = [
+    ("text", {"prompt": "red", "class_labels": 1}, ValueError, "either prompt or class_labels, not both"),
+    ("none", {"prompt": "red"}, ValueError, "takes neither a prompt nor class_labels, got prompt='red'"),
+    ("none", {"class_labels": 0}, ValueError, "takes neither a prompt nor class_labels, got class_labels=0"),
+    ("class", {"prompt": "red"}, ValueError, "takes class_labels, got prompt='red'"),
+    ("text", {"class_labels": 0}, ValueError, "needs a prompt"),
+    ("text", {}, ValueError, "needs a prompt"),
+    ("class", {}, ValueError, "needs class_labels"),
+    ("class", {"class_labels": NUM_CLASSES + 1}, ValueError, rf"{NUM_CLASSES} classes from 0 on, got \[5\]"),
+    ("class", {"class_labels": [0, -1]}, ValueError, rf"{NUM_CLASSES} classes from 0 on, got \[-1\]"),
+    ("class", {"class_labels": [0, NULL]}, ValueError, rf"{NUM_CLASSES} classes from 0 on, got \[{NULL}\]"),
+    ("class", {"class_labels": "0"}, TypeError, "integer or a list of integers, got '0'"),
+    ("class", {"class_labels": [0.0]}, TypeError, r"integer or a list of integers, got \[0.0\]"),
+    ("class", {"class_labels": []}, TypeError, r"integer or a list of integers, got \[\]"),
+    ("text", {"prompt": []}, TypeError, r"string or a list of strings, got \[\]"),
+    ("text", {"prompt": ["red", 1]}, TypeError, "string or a list of strings"),
+    ("text", {"prompt": ("red",)}, TypeError, "string or a list of strings"),
+    ("text", {"prompt": "red apple green fire engine"}, ValueError, f"at most {L} tokens, got .* 'red apple green"),
+    ("none", {"output_type": "jpg"}, ValueError, "output_type must be one of .*'latent'.*, got 'jpg'"),
+    ("none", {"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt must be at least 1, got 0"),
+    ("none", {"top_p": 0.0}, ValueError, "top_p must lie in"),
+    ("none", {"top_k": 0}, ValueError, "top_k must be an integer of at least 1"),
+    ("none", {"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
+    ("none", {"guidance_scale": 2.0}, ValueError, "null condition"),
+    ("none", {"start": T + 1}, ValueError, "start must lie in"),
+    ("none", {"prefix_codes": tiny_codes(1)}, ValueError, "prefix_codes go with start > 0 or keep_depth > 0"),
+    ("none", {"generator": [0, 1]}, ValueError, "one generator per image needed, got 2 for 1 images"),
+    (
+        "class",
+        {"class_labels": 0, "prefix_codes": tiny_codes(2), "start": 1},
+        ValueError,
+        "prefix_codes must be one map per picture drawn",
+    ),
+    ("none", {"callback_on_step_end_tensor_inputs": ["latents"]}, ValueError, r"among \['codes'\], got \['latents'\]"),
+    ("none", {"num_inference_steps": 5}, TypeError, "num_inference_steps"),
+]
+
+
+@pytest.mark.parametrize("kind, arguments, error, message", BAD_CALLS)
+def test_bad_calls_are_errors(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        tiny_pipeline(kind)(**arguments)
+
+
+def test_a_prompt_without_a_tokenizer_is_an_error():
+    pipe = tiny_pipeline("text")
+    pipe = RQPipeline(pipe.vae, pipe.transformer)
+    with pytest.raises(ValueError, match="no tokenizer.*pass tokenizer="):
+        pipe("red apple")
+    pipe.tokenizer = tiny_tokenizer()
+    assert len(pipe("red apple").images) == 1
+
+
+def test_pictures_arrays_and_tensors_have_the_same_codes(pipe):
+    pictures = random_pictures()
+    codes = pipe.encode_image(pictures)
+    arrays = np.stack([np.asarray(picture) for picture in pictures]).astype(np.float32) / 255
+    tensor = torch.from_numpy(arrays).permute(0, 3, 1, 2)
+    assert torch.equal(codes, pipe.vae.get_codes(tensor * 2 - 1))
+    assert not torch.equal(codes[0], codes[1])
+    for image in (arrays, list(arrays), tensor, list(tensor)):
+        assert torch.equal(pipe.encode_image(image), codes)
+    assert torch.equal(pipe.encode_image(pictures[0]), codes[:1])
+    assert torch.equal(pipe.encode_image(arrays[0]), codes[:1])
+    assert torch.equal(pipe.encode_image(tensor[0]), codes[:1])
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["array", "tensor"])
+def test_integer_pixels_are_an_error(pipe, as_tensor):
+    pixels = np.stack(random_pictures())
+    with pytest.raises((ValueError, TypeError), match="uint8"):
+        pipe.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2) if as_tensor else pixels)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_become_rgb(pipe, mode):
+    picture = random_pictures(1)[0].convert(mode)
+    assert torch.equal(pipe.encode_image(picture), pipe.encode_image(picture.convert("RGB")))
+
+
+def test_transparent_parts_of_a_picture_are_white(pipe):
+    opaque = random_pictures(1)[0]
+    transparent, on_white = opaque.copy(), opaque.copy()
+    transparent.putalpha(0)
+    on_white.paste("white", (0, 0, WIDTH, HEIGHT))
+    assert torch.equal(pipe.encode_image(transparent), pipe.encode_image(on_white))
+    assert not torch.equal(pipe.encode_image(opaque), pipe.encode_image(on_white))
+
+
+def test_pictures_need_not_have_the_size_of_the_model(pipe):
+    assert pipe.encode_image(random_pictures(1, height=6, width=10)).shape == (1, 3, 5, D)
+
+
+AS_INPUT = {
+    "pil": lambda pictures: pictures,
+    "np": lambda pictures: np.stack(pictures).astype(np.float32) / 255,
+    "pt": lambda pictures: torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255,
+}
+
+
+@pytest.mark.parametrize("as_input", AS_INPUT.values(), ids=AS_INPUT)
+@pytest.mark.parametrize("height, width", [(5, 4), (4, 7)])
+@pytest.mark.parametrize("method", ["encode_image", "reconstruct"])
+def test_sizes_that_the_encoder_cannot_divide_are_errors(pipe, as_input, height, width, method):
+    image = as_input(random_pictures(2, height, width))
+    with pytest.raises(ValueError, match=f"must be divisible by {F}"):
+        getattr(pipe, method)(image)
+
+
+def test_pictures_of_different_sizes_are_an_error(pipe):
+    with pytest.raises(ValueError, match=r"one size, got \[\(4, 2\), \(4, 4\)\]"):
+        pipe.encode_image([PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (4, 2))])
+
+
+@pytest.mark.parametrize("depth", [None, 1, D])
+def test_decoded_codes_are_the_pixels_of_the_vae(pipe, depth):
+    codes = tiny_codes()
+    pixels = pipe.decode_codes(codes, depth=depth, output_type="pt")
+    expected = pipe.vae.decode_codes(codes, depth=depth).sample
+    torch.testing.assert_close(pixels, (expected / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize("depth", [None, 1, D])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_reconstruction_is_encoding_and_decoding(pipe, depth, output_type):
+    pictures = random_pictures()
+    actual = pipe.reconstruct(pictures, depth=depth, output_type=output_type)
+    expected = pipe.decode_codes(pipe.encode_image(pictures), depth=depth, output_type=output_type)
+    assert type(actual) is type(expected)
+    assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_fewer_depths_give_other_pictures(pipe):
+    coarse, full = (pipe.reconstruct(random_pictures(), depth=d, output_type="pt") for d in (1, D))
+    assert not torch.allclose(coarse, full)
+
+
+@pytest.mark.parametrize("depth", [0, D + 1])
+def test_depth_outside_the_code_map_is_an_error(pipe, depth):
+    with pytest.raises(ValueError, match=rf"depth must lie in \[1, {D}\], got {depth}"):
+        pipe.decode_codes(tiny_codes(), depth=depth)
+    with pytest.raises(ValueError, match=rf"depth must lie in \[1, {D}\], got {depth}"):
+        pipe.reconstruct(random_pictures(), depth=depth)
+
+
+@pytest.mark.parametrize(
+    "overrides, theirs",
+    [
+        ({"code_shape": (H, W, D + 1)}, (D + 1, K, C, True)),
+        ({"codebook_size": K + 1}, (D, K + 1, C, True)),
+        ({"codebook_dim": C + 1}, (D, K, C + 1, True)),
+        ({"shared_codebook": False}, (D, K, C, False)),
+    ],
+)
+def test_vae_and_transformer_that_disagree_are_an_error(overrides, theirs):
+    with pytest.raises(ValueError, match=re.escape(f"got {(D, K, C, True)} and {theirs}")):
+        RQPipeline(tiny_vae(), tiny_transformer(**overrides))

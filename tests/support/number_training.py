@@ -1,0 +1,93 @@
+"""Trainings on twenty numbers, in processes of their own."""
+
+import json
+
+import datasets
+import torch
+from processes import die_while_saving, run
+from torch import nn
+
+from rq_hf.data import TrainingStream
+from rq_hf.training import OptimizationArguments, create_accelerator, list_checkpoints, train
+
+STEPS = 6
+
+
+class Noisy(nn.Module):
+    """A regression with all kinds of state: parameters, a running mean, a counter, and random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+
+    def forward(self, numbers):
+        return self.network(torch.stack([numbers, numbers.square()], dim=-1)).squeeze(-1)
+
+
+def collate(examples):
+    numbers = torch.tensor([example["number"] for example in examples])
+    return {"pixels": numbers, "skipped_images": int((numbers < 1).sum())}
+
+
+def compute_loss(model, batch):
+    loss = (model(batch["pixels"]) - batch["pixels"].sin()).square().mean()
+    return loss, {"twice_the_loss": 2 * loss}
+
+
+def run_training(output_dir, arguments, model=Noisy, die_at=None):
+    """Trains on 20 numbers; the weights go to `weights.pt`, also those of the other ranks."""
+    defaults = {"max_train_steps": STEPS, "train_batch_size": 4, "learning_rate": 0.05, "lr_warmup_steps": 2}
+    defaults |= {"logging_steps": 1, "image_logging_steps": 0, "checkpointing_steps": 2, "report_to": "none"}
+    args = OptimizationArguments(str(output_dir), cpu=True, **defaults | arguments)
+    accelerator = create_accelerator(args)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    dataset = datasets.Dataset.from_dict({"number": [n / 10 for n in range(20)]})
+    stream = TrainingStream(dataset, collate, args.train_batch_size, args.seed, rank, world_size)
+    model = model()
+    if die_at:
+        die_while_saving(die_at)
+    train(
+        accelerator,
+        args,
+        model,
+        stream,
+        compute_loss,
+        make_images=lambda: {"noise": torch.rand(2, 3, 4, 4)},
+        configuration={"purpose": "test"},
+        codes_per_image=3,
+    )
+    torch.save(model.state_dict(), output_dir / f"weights-{rank}.pt")
+
+
+def train_here(output_dir, die_at=None, model=Noisy, **arguments):
+    return run(run_training, output_dir, arguments, model, die_at)
+
+
+def finished_training(output_dir, **kwargs):
+    outcome = train_here(output_dir, **kwargs)
+    assert outcome.code == 0, outcome.output
+    return output_dir
+
+
+def weights(output_dir, rank=0):
+    return torch.load(output_dir / f"weights-{rank}.pt")
+
+
+def logged(output_dir):
+    lines = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "step" in line}
+
+
+def checkpoint_names(output_dir):
+    return [path.name for path in list_checkpoints(output_dir)]
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+class Smooth(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
