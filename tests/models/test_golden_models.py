@@ -63,7 +63,7 @@ def test_features_codes_and_reconstruction(case):
         quantization = vae.quantize(latents)
         close(latents, grid(io["out/z_e"]))
         if "out/z_e_code_shape" in io:
-            close(vae.latents_to_vectors(latents), io["out/z_e_code_shape"])
+            close(vae.patchify(latents), io["out/z_e_code_shape"])
         assert torch.equal(quantization.codes, io["out/codes"])
         assert torch.equal(vae.get_codes(io["in/x"]), io["out/codes"])
         close(quantization.quantized, grid(io["out/z_q"]))
@@ -102,15 +102,15 @@ def test_codewords_and_partial_decodes(case):
     codewords = vae.embed_codes(codes)  # (B, H, W, D, C)
     close(codewords, io["out/code_emb_with_depth"])
     close(codewords.cumsum(dim=-2), io["out/quant_cumulative"])
-    close(vae.vectors_to_latents(codewords.sum(dim=-2)), grid(io["out/embed_code"]))
+    close(vae.unpatchify(codewords.sum(dim=-2)), grid(io["out/embed_code"]))
     close(vae.decode_codes(codes).sample, io["out/decode_code"])
     for d in range(vae.config.depth):
-        alone = vae.vectors_to_latents(codewords[..., d, :])
+        alone = vae.unpatchify(codewords[..., d, :])
         if "out/code_emb_with_depth_latent_shape" in io:
             close(alone, grid(io["out/code_emb_with_depth_latent_shape"][..., d, :]))
         close(alone, grid(io[f"out/partial_embed_select/{d}"]))
         close(vae.decode(alone).sample, io[f"out/partial_select/{d}"])
-        together = vae.vectors_to_latents(codewords[..., : d + 1, :].sum(dim=-2))
+        together = vae.unpatchify(codewords[..., : d + 1, :].sum(dim=-2))
         close(together, grid(io[f"out/partial_embed_add/{d}"]))
         close(vae.decode_codes(codes, depth=d + 1).sample, io[f"out/partial_add/{d}"])
 
@@ -237,9 +237,9 @@ def test_logits(case, attention):
 def residuals_of(pipe, case):
     """The residuals that the recorded soft targets are made of, after a check that they are."""
     vectors = golden.recorded("stage1", golden.stage1_of(case))
-    vectors = pipe.vae.latents_to_vectors(pipe.vae.encode(vectors["in/x"]).latents)
+    vectors = pipe.vae.encode_to_vectors(vectors["in/x"])
     close(pipe.vae.quantizer.get_soft_codes(vectors, 0.5)[0], golden.recorded("stage2", case)["in/soft_targets"])
-    return pipe.vae.quantizer.get_codes(vectors)[1]
+    return pipe.vae.quantizer.encode(vectors).residuals
 
 
 @golden.cases("stage2")

@@ -160,7 +160,7 @@ class TestFusedBlocks:
         vae = tiny_vae(**self.LEVELS)
         vae.fuse_blocks()
         vae.requires_grad_(True)
-        with pytest.raises(ValueError, match="fused blocks are not trained"):
+        with pytest.raises(ValueError, match="fused blocks cannot be trained; reload"):
             vae(tiny_pixels(2, 8, 12))
 
     def test_can_be_saved_moved_and_cast(self, tmp_path):

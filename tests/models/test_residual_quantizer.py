@@ -44,7 +44,7 @@ def differences(residual, codebook):
 @both_sharings
 def test_codewords_and_residuals_add_up_to_the_input(shared):
     quantizer, z = make_quantizer(shared_codebook=shared), torch.randn(N, C)
-    codes, residuals = quantizer.get_codes(z)
+    codes, residuals = quantizer.encode(z)
     sums = partial_sums(quantizer, codes)
     torch.testing.assert_close(residuals[:, 0], z)
     torch.testing.assert_close(residuals[:, 1:] + sums[:, :-1], z[:, None].expand(-1, D - 1, -1))
@@ -56,13 +56,13 @@ def test_quantized_is_the_sum_of_the_codewords(shared, update):
     quantizer, z = make_quantizer(shared_codebook=shared, codebook_update=update).eval(), torch.randn(N, C)
     out = quantizer(z)
     torch.testing.assert_close(out.quantized, partial_sums(quantizer, out.codes)[:, -1])
-    torch.testing.assert_close(out.quantized, quantizer.embed_codes(out.codes).sum(dim=-2))
+    torch.testing.assert_close(out.quantized, quantizer.embed(out.codes).sum(dim=-2))
 
 
 @both_sharings
 def test_every_code_is_the_nearest_codeword_of_its_residual(shared):
     quantizer, z = make_quantizer(shared_codebook=shared).eval(), torch.randn(N, C)
-    codes, residuals = quantizer.get_codes(z)
+    codes, residuals = quantizer.encode(z)
     for d in range(D):
         distances = differences(residuals[:, d], codebooks(quantizer)[d]).square().sum(dim=-1)
         assert torch.equal(codes[:, d], distances.argmin(dim=-1))
@@ -74,7 +74,7 @@ def test_every_code_is_the_nearest_codeword_of_its_residual(shared):
 @pytest.mark.parametrize("depth", [1, 2, D])
 def test_codewords_come_from_the_codebook_of_their_depth(shared, depth):
     quantizer, codes = make_quantizer(shared_codebook=shared), torch.randint(K, (2, 5, depth))
-    codewords = quantizer.embed_codes(codes)
+    codewords = quantizer.embed(codes)
     assert codewords.shape == (2, 5, depth, C)
     for d in range(depth):
         assert torch.equal(codewords[..., d, :], codebooks(quantizer)[d][codes[..., d]])
@@ -88,7 +88,7 @@ def test_any_leading_shape_is_the_same_as_a_flat_batch(leading):
     assert out.codes.shape == (*leading, D)
     assert torch.equal(out.quantized.reshape(-1, C), flat.quantized)
     assert torch.equal(out.codes.reshape(-1, D), flat.codes)
-    codes, residuals = quantizer.get_codes(z)
+    codes, residuals = quantizer.encode(z)
     targets, soft_codes = quantizer.get_soft_codes(z)
     assert torch.equal(codes, out.codes)
     assert torch.equal(soft_codes, out.codes)
@@ -160,7 +160,7 @@ def test_autocast_changes_nothing():
         torch.manual_seed(1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = quantizer(z)
-            codes, residuals = quantizer.get_codes(z)
+            codes, residuals = quantizer.encode(z)
             targets, _ = quantizer.get_soft_codes(z)
         results.append([out.quantized, out.codes, out.commitment_loss, codes, residuals, targets])
         results[-1] += state_of(quantizer).values()
@@ -175,7 +175,7 @@ def test_half_precision_input_is_quantized_in_float32():
     assert out.quantized.dtype == torch.bfloat16
     assert out.commitment_loss.dtype == torch.float32
     assert torch.equal(out.codes, quantizer(z.float()).codes)
-    for method in (quantizer.get_codes, quantizer.get_soft_codes):
+    for method in (quantizer.encode, quantizer.get_soft_codes):
         for half, full in zip(method(z), method(z.float())):
             assert half.dtype == full.dtype
             assert torch.equal(half, full)
@@ -261,8 +261,8 @@ def test_dead_codes_stay_dead_without_restarts():
 def test_only_training_steps_move_the_codebook(update):
     quantizer, z = make_quantizer(codebook_update=update), torch.randn(N, C)
     state = state_of(quantizer)
-    quantizer.get_codes(z)
-    quantizer.get_codes(z, temperature=1.0)
+    quantizer.encode(z)
+    quantizer.encode(z, temperature=1.0)
     quantizer.get_soft_codes(z, stochastic=True)
     quantizer.eval()(z)
     assert all(torch.equal(tensor, state[name]) for name, tensor in quantizer.state_dict().items())
@@ -275,7 +275,7 @@ def test_only_training_steps_move_the_codebook(update):
 def test_soft_targets_are_a_softmax_over_distances(shared, temperature):
     quantizer, z = make_quantizer(shared_codebook=shared), torch.randn(N, C)
     targets, codes = quantizer.get_soft_codes(z, temperature)
-    expected_codes, residuals = quantizer.get_codes(z)
+    expected_codes, residuals = quantizer.encode(z)
     distances = differences(residuals, codebooks(quantizer)).square().sum(dim=-1)
     torch.testing.assert_close(targets, (-distances / temperature).softmax(dim=-1))
     torch.testing.assert_close(targets.sum(dim=-1), torch.ones(N, D))
@@ -307,8 +307,8 @@ def test_stochastic_codes_follow_the_soft_targets(generator):
 
 def test_residuals_follow_the_drawn_codes(generator):
     quantizer, z = make_quantizer(), torch.randn(N, C)
-    codes, residuals = quantizer.get_codes(z, temperature=5.0, generator=generator)
-    assert not torch.equal(codes, quantizer.get_codes(z)[0])
+    codes, residuals = quantizer.encode(z, temperature=5.0, generator=generator)
+    assert not torch.equal(codes, quantizer.encode(z).codes)
     torch.testing.assert_close(
         residuals[:, 1:] + partial_sums(quantizer, codes)[:, :-1], z[:, None].expand(-1, D - 1, -1)
     )
@@ -317,7 +317,7 @@ def test_residuals_follow_the_drawn_codes(generator):
 def test_stochastic_codes_depend_on_the_generator_alone():
     quantizer, z = make_quantizer(), torch.randn(N, C)
     first, again, other = (
-        quantizer.get_codes(z, temperature=5.0, generator=torch.Generator().manual_seed(seed))[0] for seed in (0, 0, 1)
+        quantizer.encode(z, temperature=5.0, generator=torch.Generator().manual_seed(seed)).codes for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -362,7 +362,17 @@ def test_health_of_a_codebook():
     assert health["dead_codes"].tolist() == [2, 0, 3, 4]
 
 
-@pytest.mark.parametrize("method", ["__call__", "get_codes", "get_soft_codes"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_decoding_is_the_inverse_of_encoding_up_to_the_last_residual(shared):
+    quantizer, z = make_quantizer(shared_codebook=shared).eval(), torch.randn(2, 3, C)
+    codes, residuals = quantizer.encode(z)
+    for d in range(1, D):
+        torch.testing.assert_close(quantizer.decode(codes[..., :d]) + residuals[..., d, :], z)
+    torch.testing.assert_close(quantizer.decode(codes), quantizer(z).quantized)
+    torch.testing.assert_close(quantizer.decode(codes), quantizer.embed(codes).sum(dim=-2))
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode", "get_soft_codes"])
 def test_vectors_of_other_dimension_are_an_error(method):
     with pytest.raises(ValueError, match=rf"vectors of {C} channels.*\(2, {C + 1}\)"):
         getattr(make_quantizer(), method)(torch.randn(2, C + 1))

@@ -23,8 +23,8 @@ from torch import nn
 
 from ..codes import check_codes
 from ..presets import load_preset
-from .fused_blocks import fuse_autoencoder
-from .residual_quantizer import ResidualQuantizer
+from .fused_blocks import fuse_blocks
+from .residual_quantizer import QuantizerOutput, ResidualQuantizer
 
 
 @dataclass
@@ -35,22 +35,6 @@ class RQVAEEncoderOutput(BaseOutput):
     """
 
     latents: torch.Tensor
-
-
-@dataclass
-class RQVAEQuantizerOutput(BaseOutput):
-    """
-    Args:
-        quantized (`torch.Tensor` of shape `(B, C, H, W)`): sum of the codewords, with the straight-through gradient.
-        codes (`torch.Tensor` of shape `(B, H, W, D)`, int64): the codes, coarse to fine.
-        commitment_loss (`torch.Tensor`, scalar): mean over all partial sums of the squared error (eq. 7).
-        codebook_loss (`torch.Tensor`, scalar, or `None`): only with `codebook_update="gradient"`.
-    """
-
-    quantized: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
-    commitment_loss: torch.Tensor | None = None
-    codebook_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -80,13 +64,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         down_block_types (`tuple[str, ...]`): block of every level, fine to coarse; attention at a level is
             `"AttnDownEncoderBlock2D"` instead of `"DownEncoderBlock2D"`.
         up_block_types (`tuple[str, ...]`): likewise for the decoder, coarse to fine (`"AttnUpDecoderBlock2D"`).
-        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; each halves the image before.
+        block_out_channels (`tuple[int, ...]`): width of every level, fine to coarse; each level halves the image.
         layers_per_block (`int`): residual blocks per level (the decoder has one more).
         mid_block_add_attention (`bool`): attention between the two residual blocks of the coarsest level.
         norm_num_groups (`int`): groups of the group normalization; divides every width.
         dropout (`float`): dropout inside the residual blocks.
         latent_channels (`int`): channels of the encoder's output.
-        codebook_dim (`int`): C, dimension of a codeword; 1×1 convolutions lead to and from it.
+        codebook_dim (`int`): C, dimension of a codeword; 1×1 convolutions map to and from it.
         code_patch_size (`tuple[int, int]`): rows p and columns q of features that one code position covers; its
             vector is their concatenation, so that p·q divides `codebook_dim`.
         codebook_size (`int`): K.
@@ -95,13 +79,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         codebook_update (`str`): `"ema"` (moving average) or `"gradient"` (codebook loss), see [`ResidualQuantizer`].
         ema_decay (`float`, or one per codebook): decay of the moving average.
         restart_unused_codes (`bool`): restart dead codewords at features of the batch.
-        quantizer_dropout (`float`): share of training images that are decoded from their first codes only, of a
-            random number; one model then serves every depth.
-        sample_size (`int`): height and width of the pictures the model was made for.
+        quantizer_dropout (`float`): share of training images that are decoded from a random number of their first
+            codes; one model then serves every depth.
+        sample_size (`int`): height and width of the images the model was made for.
 
     Raises:
-        `ValueError`: block types and widths of different number, patches that do not divide a codeword, and what
-            [`ResidualQuantizer`] refuses.
+        `ValueError`: block types and widths of different number, patches that do not divide a codeword, or invalid
+            arguments of [`ResidualQuantizer`].
     """
 
     _supports_gradient_checkpointing = True
@@ -221,15 +205,19 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
 
     @apply_forward_hook
-    def quantize(
-        self, latents: torch.Tensor, return_dict: bool = True
-    ) -> RQVAEQuantizerOutput | tuple[torch.Tensor, ...]:
-        """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook."""
-        out = self.quantizer(self.latents_to_vectors(latents))
-        quantized = self.vectors_to_latents(out.quantized)
-        if not return_dict:
-            return quantized, out.codes, out.commitment_loss, out.codebook_loss
-        return RQVAEQuantizerOutput(quantized, out.codes, out.commitment_loss, out.codebook_loss)
+    def encode_to_vectors(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, 3, height, width)` in [-1, 1] -> the vectors `(B, H, W, C)` that are quantized."""
+        return self.patchify(self.encode(pixels).latents)
+
+    @apply_forward_hook
+    def quantize(self, latents: torch.Tensor, return_dict: bool = True) -> QuantizerOutput | tuple[torch.Tensor, ...]:
+        """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook.
+
+        In the output `quantized` is a feature map `(B, C, H, W)` and `codes` are `(B, H, W, D)`.
+        """
+        output = self.quantizer(self.patchify(latents))
+        output.quantized = self.unpatchify(output.quantized)
+        return output if return_dict else output.to_tuple()
 
     @apply_forward_hook
     def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
@@ -242,15 +230,14 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         latents = self.encode(pixels).latents
         quantization = self.quantize(latents)
         sample = self.decode(quantization.quantized.to(latents.dtype)).sample
-        if not return_dict:
-            return sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss
-        return RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
+        output = RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
+        return output if return_dict else output.to_tuple()
 
     @apply_forward_hook
     @torch.no_grad()
     def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
         """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
-        return self.quantizer.get_codes(self.latents_to_vectors(self.encode(pixels).latents))[0]
+        return self.quantizer.encode(self.encode_to_vectors(pixels)).codes
 
     @apply_forward_hook
     @torch.no_grad()
@@ -265,19 +252,18 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
 
         Args:
             temperature: τ > 0 of softmax(−‖r − e(k)‖²/τ).
-            stochastic: draw the codes from the targets instead of taking the nearest.
+            stochastic: sample the codes from the targets instead of taking the nearest.
 
         Returns:
             targets `(B, H, W, D, K)` float32 and codes `(B, H, W, D)`.
         """
-        vectors = self.latents_to_vectors(self.encode(pixels).latents)
-        return self.quantizer.get_soft_codes(vectors, temperature, stochastic, generator)
+        return self.quantizer.get_soft_codes(self.encode_to_vectors(pixels), temperature, stochastic, generator)
 
     @apply_forward_hook
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords `(B, H, W, D, C)` of codes `(B, H, W, D)`, not summed."""
         check_codes(codes, self.config.depth, self.config.codebook_size)
-        return self.quantizer.embed_codes(codes)
+        return self.quantizer.embed(codes)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -292,30 +278,31 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
 
         Args:
             depth: decode from the first `depth` codes of every position only, in [1, D]: a coarse-to-fine preview.
-            num_positions: decode the first positions in raster order only, in [0, H·W]; the others hold no codewords:
-                a preview of a map that is still being drawn.
+            num_positions: decode the first positions in raster order only, in [0, H·W], and zeros elsewhere: a
+                preview of a map that is still being sampled.
         """
         depth = self.config.depth if depth is None else depth
         if not 1 <= depth <= self.config.depth:
             raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
-        vectors = self.embed_codes(codes)[..., :depth, :].sum(dim=-2)  # (B, H, W, C)
+        check_codes(codes, self.config.depth, self.config.codebook_size)
+        vectors = self.quantizer.decode(codes[..., :depth])  # (B, H, W, C)
         if num_positions is not None:
             if not 0 <= num_positions <= codes[0, ..., 0].numel():
                 raise ValueError(f"num_positions must lie in [0, {codes[0, ..., 0].numel()}], got {num_positions}")
             vectors.flatten(1, 2)[:, num_positions:] = 0
-        return self.decode(self.vectors_to_latents(vectors).to(self.dtype), return_dict=return_dict)
+        return self.decode(self.unpatchify(vectors).to(self.dtype), return_dict=return_dict)
 
     def fuse_blocks(self) -> None:
         """
-        Makes encoding and decoding faster, in place: weights become channels-last, residual blocks compute in place,
-        every upsampling and the convolution after it become one transposed convolution. Pictures stay the same up to
-        rounding; moving, casting, saving and loading work, training no longer.
+        Speeds up encoding and decoding, in place: weights become channels-last, residual blocks compute in place,
+        each upsampling and the convolution after it become one transposed convolution. Images stay the same up to
+        rounding. The model can still be moved, cast, saved and loaded, but no longer trained.
         """
         self.requires_grad_(False)
-        fuse_autoencoder(self)
+        fuse_blocks(self)
         self.to(memory_format=torch.channels_last)
 
-    def latents_to_vectors(self, latents: torch.Tensor) -> torch.Tensor:
+    def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """Feature map `(B, C, H, W)` -> the vectors `(B, H, W, C)` that are quantized, one per code position.
 
         Raises `ValueError` when patches of `code_patch_size` do not cover the map.
@@ -326,8 +313,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C/pq, H, p, W, q)
         return patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
 
-    def vectors_to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
-        """The inverse of [`latents_to_vectors`]: `(B, H, W, C)` -> `(B, C, H, W)`."""
+    def unpatchify(self, vectors: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`patchify`]: `(B, H, W, C)` -> `(B, C, H, W)`."""
         patches = vectors.unflatten(3, (*self.config.code_patch_size, -1))  # (B, H, W, p, q, C/pq)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

@@ -15,6 +15,12 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return torch.cat([linear(chunk, weight, bias).argmin(dim=-1) for chunk in chunks])
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises `ValueError` unless the temperature τ of soft targets is greater than 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be greater than 0, got {temperature}")
+
+
 def sample_codes(
     residual: torch.Tensor, codebook: torch.Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
@@ -39,7 +45,7 @@ def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
 
 def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Lloyd's algorithm from random vectors on; a cluster that loses all of its vectors starts again at a random one.
+    Lloyd's algorithm, initialised at random vectors; empty clusters are re-initialised.
 
     Returns the centres `(K, C)` of vectors `(N, C)`, and how many are nearest to each, `(K,)`. Raises `ValueError`
     where N < K.
@@ -60,8 +66,7 @@ def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[
 
 
 def soft_targets(residual: torch.Tensor, codebook: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax(−‖r − e(k)‖²/τ) over the codebook `(K, C)`: `(..., C)` -> `(..., K)` (section 3.2.3). ‖r‖² makes no
-    difference."""
+    """softmax(−‖r − e(k)‖²/τ) over the codebook `(K, C)`: `(..., C)` -> `(..., K)` (section 3.2.3). ‖r‖² cancels."""
     vectors = residual.reshape(-1, residual.shape[-1]) * (2 / temperature)
     logits = linear(vectors, codebook, codebook.square().sum(dim=-1) / -temperature)
     return F.softmax(logits, dim=-1).reshape(*residual.shape[:-1], len(codebook))

@@ -6,18 +6,20 @@ dimension of a codeword, `K` codebook size, `D` quantization depth, `M` codebook
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers.utils import BaseOutput
 from torch import nn
 
 from ..codes import embed_codes
-from .nearest_codes import k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import check_temperature, k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
-class QuantizerOutput:
+class QuantizerOutput(BaseOutput):
     """
     Args:
         quantized (`torch.Tensor` of shape `(..., C)`): sum of the D codewords, with the straight-through gradient.
@@ -27,10 +29,22 @@ class QuantizerOutput:
             codebook is trained by gradient (VQ-VAE, van den Oord et al. 2017, eq. 3).
     """
 
-    quantized: torch.Tensor
-    codes: torch.Tensor
-    commitment_loss: torch.Tensor
+    # Defaults let accelerate rebuild the output field by field under mixed precision.
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
     codebook_loss: torch.Tensor | None = None
+
+
+class QuantizerEncoding(NamedTuple):
+    """
+    Args:
+        codes (`torch.Tensor` of shape `(..., D)`, int64): the codes, coarse to fine.
+        residuals (`torch.Tensor` of shape `(..., D, C)`, float32): residual d is what code d approximates.
+    """
+
+    codes: torch.Tensor
+    residuals: torch.Tensor
 
 
 class ResidualQuantizer(nn.Module):
@@ -55,8 +69,9 @@ class ResidualQuantizer(nn.Module):
         codebook_update (`str`): `"ema"` or `"gradient"`.
         ema_decay (`float`, or one per codebook): decay of the running counts and sums, in [0, 1).
         restart_unused_codes (`bool`): whether dead codewords are restarted (`"ema"` only).
-        quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], whose sum ends at a random
-            depth, so that the first codes alone will do; codes, losses and codebook are those of all depths.
+        quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], quantized to a random
+            number of depths, so that a prefix of the codes is decodable; codes, losses and codebook updates are those
+            of all depths.
         epsilon (`float`): Laplace smoothing of the running counts.
     """
 
@@ -118,7 +133,7 @@ class ResidualQuantizer(nn.Module):
             inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
             residual = inputs.detach()
             partial_sum = quantized = torch.zeros_like(residual)
-            last_depth = self._draw_last_depths(z)  # (N, 1), or None where all depths are summed
+            last_depth = self._sample_last_depths(z)  # (N, 1), or None where all depths are summed
             codes, commitment, codebook_loss = [], [], []
             for d in range(self.depth):
                 code = nearest(residual, self.codebook_at(d))  # (N,)
@@ -141,20 +156,21 @@ class ResidualQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def get_codes(
+    def encode(
         self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes of `z` `(..., C)` and the residuals they were chosen for; never updates the codebook.
+    ) -> QuantizerEncoding:
+        """
+        Codes of `z` `(..., C)` and the residuals that they quantize; never updates the codebook.
 
-        With a `temperature` τ > 0 the codes are drawn from softmax(−‖r − e(k)‖²/τ), the stochastic sampling of
-        section 3.2.3; without, they are the nearest ones.
+        Args:
+            temperature: τ > 0 samples the codes from softmax(−‖r − e(k)‖²/τ), the stochastic codes of section 3.2.3;
+                `None` takes the nearest ones.
 
-        Returns:
-            codes `(..., D)` int64 and residuals `(..., D, C)` float32, where residual d is what depth d quantizes.
+        Raises `ValueError` for another number of channels and for τ ≤ 0.
         """
         self._check_vectors(z)
-        if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0, got {temperature}")
+        if temperature is not None:
+            check_temperature(temperature)
         with torch.autocast(z.device.type, enabled=False):
             residual = z.float().reshape(-1, self.codebook_dim)
             codes, residuals = [], []
@@ -166,11 +182,18 @@ class ResidualQuantizer(nn.Module):
                 codes.append(code)
                 residuals.append(residual)
                 residual = residual - F.embedding(code, self.codebook_at(d))
-        shape = z.shape[:-1]
-        return (
-            torch.stack(codes, dim=-1).reshape(*shape, self.depth),
-            torch.stack(residuals, dim=-2).reshape(*shape, self.depth, self.codebook_dim),
+        return QuantizerEncoding(
+            torch.stack(codes, dim=-1).reshape(*z.shape[:-1], self.depth),
+            torch.stack(residuals, dim=-2).reshape(*z.shape[:-1], self.depth, self.codebook_dim),
         )
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
+        return self.embed(codes).sum(dim=-2)
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
+        return embed_codes(codes, self.codebook)
 
     @torch.no_grad()
     def get_soft_codes(
@@ -180,30 +203,28 @@ class ResidualQuantizer(nn.Module):
         stochastic: bool = False,
         generator: torch.Generator | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Soft targets softmax(−‖r − e(k)‖²/τ) of every depth (section 3.2.3) and the codes along which they follow.
+        """
+        Soft targets softmax(−‖r − e(k)‖²/τ) of every depth (section 3.2.3) and the codes they are conditioned on.
 
         Args:
             temperature: τ > 0, in units of squared distance.
-            stochastic: draw the codes from the soft targets instead of taking the nearest.
+            stochastic: sample the codes from the soft targets instead of taking the nearest.
 
         Returns:
             targets `(..., D, K)` float32 and codes `(..., D)` int64.
+
+        Raises `ValueError` for another number of channels and for τ ≤ 0.
         """
-        if temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0, got {temperature}")
-        codes, residuals = self.get_codes(z, temperature if stochastic else None, generator)
+        check_temperature(temperature)
+        codes, residuals = self.encode(z, temperature if stochastic else None, generator)
         targets = [soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)]
         return torch.stack(targets, dim=-2), codes
-
-    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codewords of `codes` `(..., d)` with d ≤ D, not summed: `(..., d, C)`."""
-        return embed_codes(codes, self.codebook)
 
     @torch.no_grad()
     def initialize(self, vectors: torch.Tensor, iterations: int = 10) -> None:
         """
-        Sets the codebook by k-means on vectors `(..., C)`: depth after depth on the residuals that the codebooks
-        before leave; one codebook for all depths, on the residuals of all depths that k-means on the vectors leaves.
+        Sets the codebook by k-means on vectors `(..., C)`. A codebook per depth: each on the residuals that the
+        codebooks before it leave. One shared codebook: first on the vectors, then on the residuals of all depths.
 
         Raises `ValueError` for fewer vectors than codewords.
         """
@@ -214,7 +235,7 @@ class ResidualQuantizer(nn.Module):
             self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
             residual = residual - F.embedding(nearest(residual, self.codebook_at(m)), self.codebook_at(m))
         if self.shared_codebook and self.depth > 1:
-            residuals = self.get_codes(vectors)[1].flatten(0, 1)  # (N·D, C)
+            residuals = self.encode(vectors).residuals.flatten(0, 1)  # (N·D, C)
             self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
 
     def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
@@ -229,7 +250,7 @@ class ResidualQuantizer(nn.Module):
                 f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
             )
 
-    def _draw_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
+    def _sample_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
         """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""
         if not (self.training and self.quantizer_dropout):
             return None
