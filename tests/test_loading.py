@@ -156,7 +156,7 @@ def test_weights_may_stay_on_disk(tmp_path, kind):
     torch.testing.assert_close(offloaded(codes, ids).logits, model(codes, ids).logits)
     settings = {"num_images": 2, "generator": [1, 2]}
     assert torch.equal(offloaded.generate(ids, **settings), model.generate(ids, **settings))
-    with pytest.raises(ValueError, match="those of this model are on disk"):
+    with pytest.raises(ValueError, match="got weights on disk"):
         offloaded.pack_weights()
     with pytest.raises(ValueError, match=r"spread over \['cpu', 'disk'\] is not compiled"):
         offloaded.compile_steps()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tiny import LargestTensor
 
 from rq_hf.models.rq_transformer import fused_cross_entropy
-from rq_hf.models.rq_transformer.fused_cross_entropy import codes_cross_entropy
+from rq_hf.models.rq_transformer.fused_cross_entropy import fused_linear_cross_entropy
 
 N, D, K, E, C = 10, 3, 7, 5, 4
 TEMPERATURE = 0.8
@@ -24,8 +24,8 @@ def make_inputs(shared_classifier=True, shared_codebook=True):
 
 def loss_of(classified, labels, soft_labels, soft):
     if soft:
-        return codes_cross_entropy(*classified, **soft_labels, temperature=TEMPERATURE)
-    return codes_cross_entropy(*classified, labels=labels)
+        return fused_linear_cross_entropy(*classified, **soft_labels, temperature=TEMPERATURE)
+    return fused_linear_cross_entropy(*classified, labels=labels)
 
 
 def plain_depth_losses(classified, labels, soft_labels, soft):
@@ -108,7 +108,7 @@ def test_soft_targets_and_loss_are_float32_under_autocast(soft):
 def test_half_precision_model_gets_gradients_in_its_own_precision():
     (hidden_states, weight, bias), labels, _ = make_inputs()
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden_states, weight, bias)]
-    loss, _ = codes_cross_entropy(*half, labels=labels)
+    loss, _ = fused_linear_cross_entropy(*half, labels=labels)
     loss.backward()
     assert loss.dtype == torch.float32
     assert [tensor.grad.dtype for tensor in half] == [torch.bfloat16] * 3
@@ -117,8 +117,8 @@ def test_half_precision_model_gets_gradients_in_its_own_precision():
 def test_sharp_soft_labels_equal_hard_labels():
     classified, _, soft_labels = make_inputs()
     labels = torch.cdist(soft_labels["residuals"].flatten(0, 1), soft_labels["codebook"][0]).argmin(dim=-1).view(N, D)
-    soft, _ = codes_cross_entropy(*classified, **soft_labels, temperature=1e-6)
-    hard, _ = codes_cross_entropy(*classified, labels=labels)
+    soft, _ = fused_linear_cross_entropy(*classified, **soft_labels, temperature=1e-6)
+    hard, _ = fused_linear_cross_entropy(*classified, labels=labels)
     torch.testing.assert_close(soft, hard)
 
 

@@ -313,8 +313,9 @@ def test_seeded_samples(case, monkeypatch):
     def draw_as_they_do(logits, top_k, top_p, uniform):
         return filter_logits(logits, top_k, top_p).softmax(dim=-1).multinomial(1).squeeze(-1)
 
-    monkeypatch.setattr(code_sampling, "draw_codes", draw_as_they_do)
-    monkeypatch.setattr(generation_rq_transformer, "draw_uniform", lambda generator, shape, device: torch.zeros(shape))
+    monkeypatch.setattr(code_sampling, "sample_codes", draw_as_they_do)
+    no_numbers = lambda generator, shape, device: torch.zeros(shape)  # noqa: E731
+    monkeypatch.setattr(generation_rq_transformer, "uniform_numbers", no_numbers)
     transformer, io = golden.converted_pipeline(case).transformer, golden.recorded("stage2", case)
     settings = dict(golden.MANIFEST["stage2"][case]["seeded_sampling"])
     torch.manual_seed(settings.pop("seed"))

@@ -211,7 +211,7 @@ BAD_CALLS = [
     ("none", {"guidance_scale": 2.0}, ValueError, "null condition"),
     ("none", {"start": T + 1}, ValueError, "start must lie in"),
     ("none", {"prefix_codes": tiny_codes(1)}, ValueError, "prefix_codes go with start > 0 or keep_depth > 0"),
-    ("none", {"generator": [0, 1]}, ValueError, "one generator per image needed, got 2 for 1 images"),
+    ("none", {"generator": [0, 1]}, ValueError, r"expected one generator per image \(1\), got 2"),
     (
         "class",
         {"class_labels": 0, "prefix_codes": tiny_codes(2), "start": 1},

@@ -186,7 +186,7 @@ class TestPreview:
         ({"num_candidates": 2}, "belong together, got no scorer and num_candidates=2"),
         ({"scorer": brightness}, "belong together, got a scorer and num_candidates=1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_candidates": 2, "scorer": brightness, "generator": [1]}, "got 1 for 2 images"),
+        ({"num_candidates": 2, "scorer": brightness, "generator": [1]}, r"one generator per image \(2\), got 1"),
         ({"keep_depth": 1}, "got no prefix_codes, start=0, keep_depth=1"),
         ({"keep_depth": D, "prefix_codes": tiny_codes(1)}, rf"keep_depth must lie in \[0, {D}\), got {D}"),
     ],
@@ -214,5 +214,5 @@ def test_pipeline_of_another_device_is_compiled_for_it(monkeypatch):
     pipe.compile()
     assert not pipe.transformer.is_packed
     assert not pipe.vae.use_slicing
-    with pytest.raises(ValueError, match="compiled is not packed"):
+    with pytest.raises(ValueError, match="cannot pack a model after compile_steps"):
         pipe.transformer.pack_weights()

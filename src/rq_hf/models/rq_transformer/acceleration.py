@@ -1,18 +1,148 @@
-"""Faster inference: weights laid out for oneDNN (on a CPU), blocks that compute in fewer operations and in place."""
+"""Faster sampling from the RQ-Transformer: weights packed for oneDNN on a CPU, compiled steps on accelerators."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .classifier import RQClassifier
+from .key_value_cache import MaskedKeyValueCache, StaticKeyValueCache
+
+
+class RQAccelerationMixin:
+    """
+    `pack_weights` and `compile_steps` of the RQ-Transformer. Overrides how [`RQGenerationMixin`] runs its two steps
+    and where its spatial cache comes from; the sampling loop does not change.
+    """
+
+    _compile_options = None
+    _kept_caches = None  # static caches kept between calls of compiled sampling, by (rows, positions, device, dtype)
+
+    def pack_weights(self) -> None:
+        """
+        Lays out the weights for fast sampling on a CPU, in place. Codes stay the same, up to rounding in bfloat16.
+        The model can still be saved, but no longer trained, moved, cast or loaded into.
+
+        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for weights that are
+        quantized or on disk, for adapters that are not merged, without oneDNN, and after [`compile_steps`].
+        """
+        if self.is_packed:
+            return
+        if self._compile_options is not None:
+            raise ValueError("cannot pack a model after compile_steps; reload it")
+        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"weights can be packed on a CPU in float32 or bfloat16, got a model on {self.device} in {self.dtype}"
+            )
+        if not torch.backends.mkldnn.is_available():
+            raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
+        places = list(linear_layers(self))
+        for parent, name in places:
+            check_packable(getattr(parent, name))
+        self.requires_grad_(False)
+        for parent, name in places:
+            linear = getattr(parent, name)
+            setattr(parent, name, PackedLinear(linear.weight, linear.bias))
+        for stack in (self.spatial_stack, self.depth_stack):
+            stack.layers = nn.ModuleList([PackedBlock(block) for block in stack.layers])
+        self.classifier = PackedClassifier(self.classifier)
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.classifier, PackedClassifier)
+
+    def compile_steps(self, **options) -> None:
+        """
+        Compiles the two sampling steps with static shapes, for accelerators: [`~torch.compile`] makes each of them one
+        graph without synchronisation, by default a CUDA graph (`mode="reduce-overhead"`). The first call with another
+        number of images, top-k, top-p or `keep_depth`, or with guidance for the first time, takes minutes. Codes stay
+        the same, up to rounding in low precision. The model can be trained, moved and saved as before.
+
+        Between calls, the key-value cache of every batch size is kept in memory.
+
+        Raises `ValueError` for an attention implementation that takes no mask, such as flash attention, for packed
+        weights, and for a model that is spread over several devices.
+        """
+        if self.is_packed:
+            raise ValueError("cannot compile a packed model; reload it")
+        devices = set(getattr(self, "hf_device_map", {}).values())
+        if len(devices) > 1:
+            raise ValueError(f"cannot compile a model that is spread over {sorted(map(str, devices))}")
+        attention = self.config.spatial_config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f'compile_steps requires attn_implementation "sdpa" or "eager", got {attention!r}')
+        self._compile_options = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False} | options
+        self._kept_caches = {}
+
+    def _sampling_steps(self) -> tuple[Callable, Callable]:
+        spatial_step, depth_loop = super()._sampling_steps()
+        if self.is_packed:  # autograd bookkeeping costs 10 % at batch size 1
+            return torch.inference_mode()(spatial_step), torch.inference_mode()(depth_loop)
+        if self._compile_options is None:
+            return spatial_step, depth_loop
+        compiled_spatial_step = torch.compile(self._masked_spatial_step, **self._compile_options)
+        compiled_depth_loop = torch.compile(depth_loop, **self._compile_options)
+        # CUDA graphs reuse their output memory, so the outputs are cloned.
+        return (
+            lambda codes, index, cache: compiled_spatial_step(codes, index, cache.layers).clone(),
+            lambda *args: [output.clone() for output in compiled_depth_loop(*args)],
+        )
+
+    def _masked_spatial_step(self, codes, index, layers) -> torch.Tensor:
+        """The spatial step with static shapes: `layers` are those of the cache."""
+        return self._spatial_step(codes, index, MaskedKeyValueCache(layers, self.config.cond_length + index))
+
+    @contextmanager
+    def _spatial_cache(self, num_rows: int) -> Iterator[StaticKeyValueCache]:
+        """A new cache, or for compiled steps the one of an earlier call, because their graphs are bound to its
+        address."""
+        if self._compile_options is None:
+            with super()._spatial_cache(num_rows) as cache:
+                yield cache
+            return
+        place = self.device, self._cache_dtype()
+        shape = (num_rows, self.config.cond_length + self.num_positions, *place)
+        self._kept_caches = {other: cache for other, cache in self._kept_caches.items() if other[2:] == place}
+        with torch.inference_mode(False), torch.no_grad():
+            cache = self._kept_caches.pop(shape, None) or StaticKeyValueCache(self.config.spatial_config, *shape)
+            for layer in cache.layers:
+                torch._dynamo.mark_static_address(layer.zero_())
+        try:
+            # Every batch size, top-k and top-p has a graph of its own: more than dynamo's default limit of 8.
+            with torch._dynamo.config.patch(recompile_limit=256):
+                yield cache
+        finally:
+            self._kept_caches[shape] = cache
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The linear layers of an RQ-Transformer, as (parent, name)."""
+    names = ("code_projection", "depth_projection", "cond_classifier")
+    yield from ((model, name) for name in names if hasattr(model, name))
+    for block in (*model.spatial_stack.layers, *model.depth_stack.layers):
+        yield from ((block.self_attn, name) for name in ("qkv_proj", "o_proj"))
+        yield from ((block.mlp, name) for name in ("up_proj", "down_proj"))
+
+
+def check_packable(linear: nn.Module) -> None:
+    """Raises `ValueError` for a layer that is quantized, wrapped by an adapter, or not in memory."""
+    kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
+    if kind is not nn.Parameter:
+        raise ValueError(
+            f"only plain nn.Linear weights can be packed, got {kind}; merge adapters or load without quantization"
+        )
+    if linear.weight.is_meta:
+        raise ValueError("only weights in memory can be packed, got weights on disk or on the meta device")
+
 
 class PackedLinear(nn.Module):
     """
-    `nn.Linear` for inference on a CPU. In a state dict it has the weight that it was made of.
+    `nn.Linear` for inference on a CPU, its weight in the layout of oneDNN. A state dict has the plain weight.
 
-    Raises `ValueError` when it is to be moved or cast.
+    Cannot be moved or cast: raises `ValueError`.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
@@ -30,8 +160,8 @@ class PackedLinear(nn.Module):
         moved = fn(torch.empty(0, dtype=self.packed.dtype))
         if (moved.device.type, moved.dtype) != ("cpu", self.packed.dtype):
             raise ValueError(
-                f"packed weights stay on the CPU in {self.packed.dtype}, got {moved.device} and {moved.dtype}: "
-                "load the model anew"
+                f"packed weights stay on the CPU in {self.packed.dtype}, got {moved.device} and {moved.dtype}; "
+                "reload the model"
             )
         return super()._apply(fn, recurse)
 
@@ -40,53 +170,62 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def check_plain(linear_maps: Iterable[nn.Module]) -> None:
-    """Raises `ValueError` where linear maps are quantized, wrapped by adapters, or not in memory."""
-    for linear in linear_maps:
-        kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
-        if kind is not nn.Parameter:
-            raise ValueError(f"plain weights are packed, got {kind}: merge adapters, or load without quantization")
-        if linear.weight.is_meta:
-            raise ValueError("weights are packed in memory; those of this model are on disk, or on the meta device")
+class PackedBlock(nn.Module):
+    """
+    An `RQBlock` with packed layers, without dropout; names of weights stay.
 
-
-def pack_linear_maps(module: nn.Module) -> None:
-    """Replaces every `nn.Linear` inside `module`, in place."""
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child.weight, child.bias))
-        else:
-            pack_linear_maps(child)
-
-
-class FusedForward:
-    """`RQBlock.forward` without dropout. GELU and sums are part of the linear maps, and no module is *called* or even
-    looked up: for one image that takes as long as the arithmetic."""
+    GELU and sums are part of the linear layers. The layers are looked up once and called without hooks: module calls
+    and attribute look-ups cost as much as the arithmetic at batch size 1.
+    """
 
     def __init__(self, block: nn.Module):
-        attention, mlp = block.self_attn, block.mlp
-        self.layer_idx, self.head_dim = attention.layer_idx, attention.head_dim
-        self.attention_norm, self.mlp_norm = layer_norm(block.attention_norm), layer_norm(block.mlp_norm)
-        self.qkv_proj, self.o_proj = attention.qkv_proj.forward, attention.o_proj.forward
-        self.up_proj, self.down_proj = mlp.up_proj.forward, mlp.down_proj.forward
-        self.act_fn = None if attention.config.hidden_act == "gelu" else mlp.act_fn
+        super().__init__()
+        self.attention_norm, self.self_attn = block.attention_norm, block.self_attn
+        self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
+        self._layer_idx, self._head_dim = block.self_attn.layer_idx, block.self_attn.head_dim
+        self._normalize_attention, self._normalize_mlp = layer_norm(block.attention_norm), layer_norm(block.mlp_norm)
+        self._qkv_proj, self._o_proj = block.self_attn.qkv_proj.forward, block.self_attn.o_proj.forward
+        self._up_proj, self._down_proj = block.mlp.up_proj.forward, block.mlp.down_proj.forward
+        self._fuses_activation = block.self_attn.config.hidden_act == "gelu"
 
-    def __call__(self, hidden_states: torch.Tensor, cache=None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
         batch_size, length, hidden_size = hidden_states.shape
-        qkv = self.qkv_proj(self.attention_norm(hidden_states)).view(batch_size, length, 3, -1, self.head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
+        qkv = self._qkv_proj(self._normalize_attention(hidden_states))
+        qkv = qkv.view(batch_size, length, 3, -1, self._head_dim).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
         query, keys_values = qkv[0], qkv[1:]
-        key, value = keys_values if cache is None else cache.update(keys_values, self.layer_idx)
+        if past_key_values is not None:
+            keys_values = past_key_values.update(keys_values, self._layer_idx)
+        key, value = keys_values
         output = F.scaled_dot_product_attention(query.to(key.dtype), key, value, is_causal=length > 1)
         output = output.transpose(1, 2).reshape(batch_size, length, hidden_size)
-        hidden_states = self.o_proj(output.to(hidden_states.dtype), add=hidden_states)
-        inputs = self.mlp_norm(hidden_states)
-        if self.act_fn is None:
-            return self.down_proj(self.up_proj(inputs, activation="gelu"), add=hidden_states)
-        return self.down_proj(self.act_fn(self.up_proj(inputs)), add=hidden_states)
+        hidden_states = self._o_proj(output.to(hidden_states.dtype), add=hidden_states)
+
+        inputs = self._normalize_mlp(hidden_states)
+        if self._fuses_activation:
+            return self._down_proj(self._up_proj(inputs, activation="gelu"), add=hidden_states)
+        return self._down_proj(self.mlp.act_fn(self._up_proj(inputs)), add=hidden_states)
 
 
 def layer_norm(norm: nn.LayerNorm) -> Callable:
     return partial(
         torch.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
     )
+
+
+class PackedClassifier(RQClassifier):
+    """An [`RQClassifier`] with packed maps, for sampling only; names of weights stay."""
+
+    def __init__(self, classifier: RQClassifier):
+        nn.Module.__init__(self)
+        self.norm, self.bias = classifier.norm, classifier.bias
+        self._maps = [PackedLinear(weight, bias) for weight, bias in zip(classifier.weight, classifier.bias)]
+
+    def logits(self, hidden_states: torch.Tensor, m: int) -> torch.Tensor:
+        return self._maps[m](hidden_states)
+
+    def cross_entropy(self, *args, **kwargs):
+        raise ValueError("a packed model cannot compute a loss; reload it to train")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = torch.stack([linear.packed.to_dense() for linear in self._maps])

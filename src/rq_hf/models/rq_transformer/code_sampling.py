@@ -1,6 +1,6 @@
-"""Drawing codes from logits: temperature, top-k, top-p, and where the random numbers come from.
+"""Sampling codes from logits: temperature, top-k, top-p, and the random numbers.
 
-Shapes: `B` images, `D` quantization depth, `K` codebook size, `R` candidates for a code.
+Shapes: `B` images, `D` quantization depth, `K` codebook size, `R` proposals for a code.
 """
 
 import math
@@ -10,27 +10,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Below this p most codes that are drawn would be outside the nucleus: it is found by sorting instead.
+# Below this p most proposals would fall outside the nucleus, so the nucleus is found by sorting instead.
 MIN_ACCEPTANCE = 0.5
 
 Generators = torch.Generator | Sequence[torch.Generator | int] | None
 
 
 def check_generator(generator: Generators, batch_size: int) -> None:
-    """Raises `TypeError`/`ValueError` unless this is one generator, or a generator or seed for every image."""
+    """Raises `TypeError`/`ValueError` unless this is one generator, or one generator or seed per image."""
     if generator is None or isinstance(generator, torch.Generator):
         return
     if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator | int) for g in generator):
         raise TypeError(f"generator must be a torch.Generator, or a list of them or of seeds, got {generator!r}")
     if len(generator) != batch_size:
-        raise ValueError(f"one generator per image needed, got {len(generator)} for {batch_size} images")
+        raise ValueError(f"expected one generator per image ({batch_size}), got {len(generator)}")
     objects = [g for g in generator if isinstance(g, torch.Generator)]
     if len({id(g) for g in objects}) < len(objects):
-        raise ValueError("every image needs a generator of its own, got one of them twice")
+        raise ValueError("each image needs its own generator, but one was passed twice")
 
 
-def draw_uniform(generator: Generators, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Float64 numbers in [0, 1) of shape `(B, ...)`; with a generator per image, every image has those of its own."""
+def uniform_numbers(generator: Generators, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Float64 numbers in [0, 1) of shape `(B, ...)`; with one generator per image, each image uses its own."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(generator, Sequence):
         generators = [torch.Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
@@ -43,11 +43,12 @@ def draw_uniform(generator: Generators, shape: tuple[int, ...], device: torch.de
 @dataclass(frozen=True)
 class CodeSampler:
     """
-    How codes are drawn from logits.
+    How codes are sampled from logits.
 
     Args:
         do_sample: `False` takes the most likely code each time.
-        temperature, top_k, top_p: one per depth; temperatures are a tensor, for they vary and compiled steps need not.
+        temperature, top_k, top_p: one per depth; temperatures are a tensor, so that changing them does not trigger
+            recompilation.
     """
 
     do_sample: bool
@@ -56,34 +57,33 @@ class CodeSampler:
     top_p: Sequence[float]
 
     @property
-    def num_candidates(self) -> int:
-        """R, the uniform numbers that every code needs."""
-        return max(num_candidates(p) for p in self.top_p)
+    def num_proposals(self) -> int:
+        """R, the number of uniform numbers per code."""
+        return max(num_proposals(p) for p in self.top_p)
 
-    def draw(self, logits: torch.Tensor, uniform: torch.Tensor | None, depth: int) -> torch.Tensor:
-        """Codes `(B,)` of the depth with this index from float32 logits `(B, K)` and `(B, D, R)` numbers in [0, 1)."""
+    def sample(self, logits: torch.Tensor, uniform: torch.Tensor | None, d: int) -> torch.Tensor:
+        """Codes `(B,)` of depth index d from float32 logits `(B, K)` and numbers `(B, D, R)` in [0, 1)."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        logits = logits / self.temperature[depth]
-        return draw_codes(logits, self.top_k[depth], self.top_p[depth], uniform[:, depth])
+        return sample_codes(logits / self.temperature[d], self.top_k[d], self.top_p[d], uniform[:, d])
 
 
-def num_candidates(top_p: float) -> int:
-    """So many codes are drawn until one is inside the nucleus: that none is, is less likely than the rounding (2⁻⁵³)
-    of the uniform numbers that they are drawn by."""
+def num_proposals(top_p: float) -> int:
+    """Number of proposals after which the chance that none lies in the nucleus is below 2⁻⁵³, the rounding of the
+    uniform numbers."""
     if top_p == 1 or top_p < MIN_ACCEPTANCE:
         return 1
     return math.ceil(53 / -math.log2(1 - top_p))
 
 
-def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
+def sample_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
     """
     One code per row of logits `(B, K)` float32, distributed as softmax([`filter_logits`]): `(B,)`.
 
-    The numbers `(B, R)` in [0, 1), R ≥ [`num_candidates`], are looked up in the cumulative distribution. For top-p
-    nothing is sorted: of these candidates the first one inside the nucleus is taken.
+    The cumulative distribution is inverted at the numbers `(B, R)` in [0, 1), R ≥ [`num_proposals`]. Top-p needs no
+    sorting: the first of these proposals that lies in the nucleus is accepted.
     """
-    count = num_candidates(top_p)
+    count = num_proposals(top_p)
     if count > 1:
         masses = logits.softmax(dim=-1)
         if top_k < logits.shape[-1]:
@@ -91,47 +91,48 @@ def draw_codes(logits: torch.Tensor, top_k: int, top_p: float, uniform: torch.Te
     else:
         masses = filter_logits(logits, top_k, top_p).softmax(dim=-1)
     cumulative = masses.cumsum(dim=-1, dtype=uniform.dtype)
-    candidates = look_up(cumulative, uniform[:, :count])
+    proposals = invert_cdf(cumulative, uniform[:, :count])
     if count == 1:
-        return candidates[:, 0]
-    return first_inside(masses, candidates, top_p * cumulative[:, -1])
+        return proposals[:, 0]
+    return first_in_nucleus(masses, proposals, top_p * cumulative[:, -1])
 
 
-def must_not_wait(logits: torch.Tensor) -> bool:
-    """Whether looking at a result would hold up a device, or end a graph that is being compiled."""
+def avoid_host_sync(logits: torch.Tensor) -> bool:
+    """Whether reading a value on the host would synchronise with the device or break a compiled graph."""
     return logits.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-def look_up(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The codes into whose shares of the cumulative masses `(B, K)` numbers `(B, R)` in [0, 1) fall: `(B, R)`."""
+def invert_cdf(cumulative: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Inverts the cumulative masses `(B, K)` at uniform numbers `(B, R)` in [0, 1): codes `(B, R)`."""
     total = cumulative[:, -1:].contiguous()
     codes = torch.searchsorted(cumulative, uniform * total, right=True)
     last_possible = torch.searchsorted(cumulative, total)  # the product may be rounded up to the total; NaN is beyond
     return torch.minimum(codes, last_possible).clamp(max=cumulative.shape[-1] - 1)
 
 
-def first_inside(masses: torch.Tensor, candidates: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:
+def first_in_nucleus(masses: torch.Tensor, proposals: torch.Tensor, nucleus: torch.Tensor) -> torch.Tensor:
     """
-    The first of the candidates `(B, R)` that is inside the nucleus, and the first of all if none is: `(B,)`.
+    The first of the proposals `(B, R)` that lies in the nucleus, or the first of all if none does: `(B,)`.
 
-    A code is inside while its [`mass_before`], of masses `(B, K)`, is below `nucleus` `(B,)`. On a CPU that is looked
-    at by numpy, row after row: most often one candidate is enough.
+    A code lies in the nucleus if its [`preceding_mass`] under masses `(B, K)` is below `nucleus` `(B,)`. On a CPU,
+    NumPy checks the rows one by one; usually the first proposal is accepted.
     """
-    if must_not_wait(masses):
-        inside = torch.stack([mass_before(masses, codes) < nucleus for codes in candidates.unbind(-1)], dim=-1)
-        return candidates.gather(-1, inside.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    if avoid_host_sync(masses):
+        inside = torch.stack([preceding_mass(masses, codes) < nucleus for codes in proposals.unbind(-1)], dim=-1)
+        return proposals.gather(-1, inside.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
 
     def is_inside(row, code, limit):
         own = row[code]
         return row[row > own].sum() + (row[:code] == own).sum() * own < limit
 
-    rows = zip(masses.numpy(), candidates.tolist(), nucleus.tolist())
+    rows = zip(masses.numpy(), proposals.tolist(), nucleus.tolist())
     chosen = [next((code for code in codes if is_inside(row, code, limit)), codes[0]) for row, codes, limit in rows]
     return torch.tensor(chosen)
 
 
-def mass_before(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The mass, of masses `(B, K)`, that codes likelier than `codes` `(B,)` have, or as likely and lower: `(B,)`."""
+def preceding_mass(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Total mass under masses `(B, K)` of the codes ranked before `codes` `(B,)`: more likely, or equally likely with
+    a lower index. `(B,)`"""
     codes = codes[:, None]
     own = masses.gather(-1, codes)
     lower = torch.arange(masses.shape[-1], device=codes.device) < codes
@@ -140,8 +141,8 @@ def mass_before(masses: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def kth_largest(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """`(B, K)` -> `(B, 1)`. On a CPU by numpy, whose selection is five times as fast as torch's."""
-    if not must_not_wait(logits):
+    """`(B, K)` -> `(B, 1)`. On a CPU by NumPy, whose selection is five times as fast as torch's."""
+    if not avoid_host_sync(logits):
         rank = logits.shape[-1] - k
         return torch.from_numpy(np.partition(logits.numpy(), rank, axis=-1)[:, rank : rank + 1])
     return logits.topk(k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -150,8 +151,8 @@ def kth_largest(logits: torch.Tensor, k: int) -> torch.Tensor:
 def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Sets all but the top-k, and of these all but the top-p nucleus, to −inf. Logits `(B, K)` float32 -> `(B, K)`.
 
-    Codes equal to the k-th largest logit are all kept. A code is kept while the mass *before* it, under the softmax of
-    what top-k kept, is below p; the most likely one always is. Of equally likely codes lower ones come first.
+    Codes equal to the k-th largest logit are all kept. A code is kept while the mass *before* it, under the softmax
+    over the codes that top-k kept, is below p; the most likely one always is. Equally likely codes rank by index.
     """
     if top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < kth_largest(logits, top_k), -math.inf)

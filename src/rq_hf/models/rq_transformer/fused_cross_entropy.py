@@ -1,8 +1,8 @@
 """Cross-entropy of the codes with hard or soft labels (Lee et al., CVPR 2022, sections 3.2.2 and 3.2.3).
 
-At K = 16,384 the logits of one batch, their soft targets and both gradients are what runs out of memory. Here the
-classifier and the loss are one function that goes through the rows in chunks, forms the gradients of a chunk while its
-logits are at hand, and keeps none of them.
+At K = 16,384 the logits of one batch, their soft targets and both gradients exceed memory. Here the classifier and
+the loss are one function that goes through the rows in chunks, forms the gradients of a chunk while its logits are at
+hand, and keeps none of them.
 
 Shapes: `N` positions of the batch, `D` depths, `K` codebook size, `E` hidden size, `C` channels of a codeword, `M`
 classifiers or codebooks (1 when shared by all depths, else D).
@@ -14,7 +14,7 @@ import torch
 MAX_LOGITS = 2**24
 
 
-def codes_cross_entropy(
+def fused_linear_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -50,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             codebook_size = weight.shape[1]
             rows = max(1, min(num_positions, MAX_LOGITS // codebook_size))
             depth_losses = torch.zeros(depth, device=hidden_states.device)
-            # All chunks use the same memory: a CPU takes longer to map new memory than to do most of what follows.
+            # Buffers are reused: on a CPU, mapping fresh memory costs more than most of the arithmetic.
             dtypes = (dtype, torch.float32, torch.float32)
             memory = [hidden_states.new_empty(rows, codebook_size, dtype=dtype) for dtype in dtypes]
             with_grad = any(ctx.needs_input_grad[:3])
@@ -70,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     chunk = slice(start, start + rows)
                     hidden = hidden_states[chunk, d].to(dtype)
                     logits, log_probs, target = (matrix[: len(hidden)] for matrix in memory)  # (n, K)
-                    if labels is None:  # softmax(−‖r − e(k)‖²/τ), where ‖r‖² makes no difference
+                    if labels is None:  # softmax(−‖r − e(k)‖²/τ), where ‖r‖² cancels
                         residual = residuals[chunk, d].float()
                         torch.addmm(code_bias, residual, depth_codebook.t(), alpha=2 / temperature, out=log_probs)
                         torch.softmax(log_probs, dim=-1, out=target)

@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from ..codes import check_codes, check_range, embed_codes
-from .acceleration import FusedForward, PackedLinear, check_plain, pack_linear_maps
+from .acceleration import RQAccelerationMixin
+from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
-from .fused_cross_entropy import codes_cross_entropy
 from .generation_rq_transformer import RQGenerationMixin
 
 
@@ -69,16 +69,20 @@ class RQAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states, cache=None):
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
         batch_size, length, hidden_size = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
-        query, (key, value) = qkv[0], qkv[1:] if cache is None else cache.update(qkv[1:], self.layer_idx)
-        query = query.to(key.dtype)
+        query, keys_values, attention_mask = qkv[0], qkv[1:], None
+        if past_key_values is not None:
+            keys_values = past_key_values.update(keys_values, self.layer_idx)
+            attention_mask = past_key_values.mask
+        key, value = keys_values
+        query = query.to(key.dtype)  # that of the cache
+
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        mask = None if cache is None else cache.mask
-        output, _ = attention(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype))
 
 
@@ -89,7 +93,7 @@ class RQMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
@@ -104,8 +108,9 @@ class RQBlock(GradientCheckpointingLayer):
         self.mlp = RQMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states, cache=None):
-        hidden_states = hidden_states + self.dropout(self.self_attn(self.attention_norm(hidden_states), cache))
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
+        attention = self.self_attn(self.attention_norm(hidden_states), past_key_values)
+        hidden_states = hidden_states + self.dropout(attention)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
@@ -137,7 +142,7 @@ class RQPreTrainedModel(PreTrainedModel):
 
 
 class RQStack(RQPreTrainedModel):
-    """A stack of blocks. hidden states `(B, T, E)` -> `(B, T, E)`; with a cache, T are the positions not yet in it."""
+    """A stack of blocks. Hidden states `(B, T, E)` -> `(B, T, E)`; with past keys and values, T new positions."""
 
     config: RQStackConfig
 
@@ -146,58 +151,13 @@ class RQStack(RQPreTrainedModel):
         self.layers = nn.ModuleList([RQBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.post_init()
 
-    def forward(self, hidden_states, cache=None):
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
         for layer in self.layers:
-            hidden_states = layer(hidden_states, cache)
+            hidden_states = layer(hidden_states, past_key_values)
         return hidden_states
 
 
-class RQClassifier(nn.Module):
-    """Layer norm, then a linear map to the K logits; one map for all depths (M = 1) or one per depth (M = D)."""
-
-    def __init__(self, config: RQTransformerConfig):
-        super().__init__()
-        num_classifiers = 1 if config.shared_classifier else config.code_shape[-1]
-        hidden_size = config.spatial_config.hidden_size
-        self.norm = nn.LayerNorm(hidden_size, eps=config.depth_config.layer_norm_eps)
-        self.weight = nn.Parameter(torch.empty(num_classifiers, config.codebook_size, hidden_size))  # (M, K, E)
-        self.bias = nn.Parameter(torch.empty(num_classifiers, config.codebook_size))  # (M, K)
-        self.packed = None
-
-    def forward(self, hidden_states, first_depth=0, guidance_scale=None):
-        """
-        Hidden states `(B, ..., d, E)` of the depths from `first_depth` on -> logits `(B, ..., d, K)`.
-
-        With guidance, rows are a conditional and a null half, `(2·B, ..., d, E)`, and the logits are null +
-        s·(conditional − null). The map to the logits is affine, so the normed states are mixed instead, at half of
-        its cost.
-        """
-        hidden_states = self.norm(hidden_states)
-        if guidance_scale is not None:
-            conditional, null = hidden_states.float().chunk(2)
-            hidden_states = (null + guidance_scale * (conditional - null)).to(hidden_states.dtype)
-        if len(self.bias) == 1:
-            return self.logits(hidden_states, 0)
-        depths = range(first_depth, first_depth + hidden_states.shape[-2])
-        return torch.stack([self.logits(h, d) for h, d in zip(hidden_states.unbind(-2), depths, strict=True)], dim=-2)
-
-    def logits(self, hidden_states, m):
-        """Logits `(..., K)` by the map with index m."""
-        if self.packed is not None:
-            return self.packed[m](hidden_states)
-        return F.linear(hidden_states, self.weight[m], self.bias[m])
-
-    def pack(self):
-        self.packed = [PackedLinear(weight, bias) for weight, bias in zip(self.weight, self.bias)]
-        del self.weight
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            destination[f"{prefix}weight"] = torch.stack([m.packed.to_dense() for m in self.packed])
-
-
-class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
+class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedModel):
     r"""
     Models p(codes | condition) = Π_t Π_d p(S_td | S_<t, S_t,<d, condition), raster order over the positions,
     coarse to fine at each of them.
@@ -208,7 +168,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     def __init__(self, config: RQTransformerConfig):
         super().__init__(config)
-        height, width, depth = config.code_shape
+        depth = config.code_shape[-1]
         hidden_size = config.spatial_config.hidden_size
         num_codebooks = 1 if config.shared_codebook else depth
         self.register_buffer("codebook", torch.empty(num_codebooks, config.codebook_size, config.codebook_dim))
@@ -216,7 +176,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         self.cond_embedding = nn.Embedding(config.cond_vocab_size, hidden_size)
         self.cond_position_embedding = nn.Parameter(torch.empty(config.cond_length, hidden_size))
         self.code_projection = nn.Linear(config.codebook_dim, hidden_size)
-        self.spatial_position_embedding = nn.Parameter(torch.empty(height * width, hidden_size))
+        self.spatial_position_embedding = nn.Parameter(torch.empty(self.num_positions, hidden_size))
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.spatial_stack = RQStack._from_config(config.spatial_config)
         if config.cond_length > 1:
@@ -228,8 +188,13 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         self.depth_position_embedding = nn.Parameter(torch.empty(depth, hidden_size))
         self.depth_stack = RQStack._from_config(config.depth_config)
         self.classifier = RQClassifier(config)
-        self._kept_caches = {}  # of compiled sampling
         self.post_init()
+
+    @property
+    def num_positions(self) -> int:
+        """T = H·W."""
+        height, width, _ = self.config.code_shape
+        return height * width
 
     @torch.no_grad()
     def set_codebook(self, codebook: torch.Tensor) -> None:
@@ -259,11 +224,11 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             cond_ids (`torch.Tensor` of shape `(B, L)`, or `(B,)` when L = 1, int64): condition ids in [0, V). May be
                 left out by an unconditional model (V = 1).
             labels (`torch.Tensor` of shape `(B, H, W, D)`, int64): hard labels; usually the codes themselves.
-            residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that every depth
-                quantized, from `vae.quantizer.get_codes`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
+            residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that each code
+                approximates, from `vae.quantizer.encode`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
             soft_label_temperature (`float`): τ > 0.
-            return_logits (`bool`): without the logits, the loss is computed in chunks and no `(B, H, W, D, K)` tensor
-                is kept; what training wants.
+            return_logits (`bool`): without the logits no `(B, H, W, D, K)` tensor is kept, because the loss is
+                computed in chunks; `False` for training.
 
         Raises:
             `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0.
@@ -288,10 +253,8 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
         if return_logits:
             output.logits = self.classifier(hidden_states).unflatten(1, (height, width))
         if labels is not None or residuals is not None:
-            output.loss, output.depth_losses = codes_cross_entropy(
-                self.classifier.norm(hidden_states).flatten(0, 1),  # (N, D, E), N = B·T
-                self.classifier.weight,
-                self.classifier.bias,
+            output.loss, output.depth_losses = self.classifier.cross_entropy(
+                hidden_states.flatten(0, 1),  # (N, D, E), N = B·T
                 labels=None if labels is None else labels.reshape(-1, depth),
                 residuals=None if residuals is None else residuals.reshape(-1, depth, self.config.codebook_dim),
                 codebook=self.codebook,
@@ -323,7 +286,7 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             inputs = torch.cat([inputs, self._project(self.depth_projection, codewords)], dim=-2)
         return inputs + self.depth_position_embedding[: inputs.shape[-2]]
 
-    def embed_depth(self, context: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    def embed_next_depth(self, context: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
         """Context `(B, E)` and the d codewords `(B, d, C)` chosen so far -> input `(B, 1, E)` of the next depth."""
         d = codewords.shape[1]
         if d == 0:
@@ -334,43 +297,10 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
             inputs = self._project(self.depth_projection, codewords[:, -1])
         return (inputs + self.depth_position_embedding[d]).unsqueeze(1)
 
-    def pack_weights(self) -> None:
-        """
-        Lays out the weights for fast sampling on a CPU, in place; codes stay the same, up to rounding in bfloat16.
-        Saving still works, training, moving, casting and loading no longer.
-
-        Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for weights that are
-        quantized or on disk, adapters that are not merged, without oneDNN, or after [`compile_steps`].
-        """
-        if self.is_packed:
-            return
-        if self._compile_options is not None:
-            raise ValueError("a model whose steps are compiled is not packed: load it anew")
-        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"weights are packed on a CPU, in float32 or bfloat16; this model is on {self.device} in {self.dtype}"
-            )
-        if not torch.backends.mkldnn.is_available():
-            raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
-        blocks = (*self.spatial_stack.layers, *self.depth_stack.layers)
-        maps = [getattr(self, name, None) for name in ("code_projection", "depth_projection", "cond_classifier")]
-        for block in blocks:
-            maps += [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj]
-        check_plain(linear for linear in maps if linear is not None)
-        self.requires_grad_(False)
-        pack_linear_maps(self)
-        for block in blocks:
-            block.forward = FusedForward(block)
-        self.classifier.pack()
-
-    @property
-    def is_packed(self) -> bool:
-        return self.classifier.packed is not None
-
-    @staticmethod
-    def _project(projection: nn.Linear, codewords: torch.Tensor) -> torch.Tensor:
-        """Sharded training computes with parameters in low precision, but leaves the codebook as it is."""
-        return projection(codewords.to(projection.bias.dtype))
+    def _project(self, projection: nn.Linear, codewords: torch.Tensor) -> torch.Tensor:
+        """Under FSDP the parameters may be in bf16 while the codebook stays in float32; layerwise casting stores, but
+        does not compute in, the dtype of the projection. The position embeddings have the dtype of the arithmetic."""
+        return projection(codewords.to(self.depth_position_embedding.dtype))
 
     def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
@@ -399,19 +329,17 @@ class RQTransformerModel(RQGenerationMixin, RQPreTrainedModel):
 
     def _check_forward(self, codes, labels, residuals, temperature):
         self.check_codes(codes)
-        if self.is_packed and not (labels is None and residuals is None):
-            raise ValueError("a model with packed weights has no loss: load it anew to train it")
         if labels is not None and residuals is not None:
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
             self.check_codes(labels)
             if len(labels) != len(codes):
-                raise ValueError(f"codes and labels must be of one batch size, got {len(codes)} and {len(labels)}")
+                raise ValueError(f"codes and labels must have the same batch size, got {len(codes)} and {len(labels)}")
         if residuals is not None:
             if residuals.shape != (*codes.shape, self.config.codebook_dim):
                 raise ValueError(
                     f"residuals must have the shape {(*codes.shape, self.config.codebook_dim)}, "
                     f"got {tuple(residuals.shape)}"
                 )
-            if temperature <= 0:
+            if not temperature > 0:
                 raise ValueError(f"soft_label_temperature must be greater than 0, got {temperature}")

@@ -1,0 +1,126 @@
+"""The arguments of `generate`: defaults filled in, checked, and brought to one value per depth."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from .code_sampling import CodeSampler
+
+PerDepth = float | Sequence[float]
+
+# Share of the guidance at the progress in [0, 1] over the positions.
+GUIDANCE_SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
+DEFAULTS = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Sampling settings with one value per depth; `top_k` lies in [1, K]."""
+
+    do_sample: bool
+    temperature: list[float]
+    top_k: list[int]
+    top_p: list[float]
+    guidance_scale: list[float]
+
+    @classmethod
+    def resolve(
+        cls, generation_config: GenerationConfig, depth: int, codebook_size: int, **given
+    ) -> "GenerationSettings":
+        """
+        Takes every setting that is `None` in `given` from `generation_config`.
+
+        Raises `ValueError` for a value out of range, or a list that is not one value per depth.
+        """
+        settings = {}
+        for name, default in DEFAULTS.items():
+            value = getattr(generation_config, name, None) if given[name] is None else given[name]
+            settings[name] = default if value is None else value
+        for name in ("temperature", "top_k", "top_p", "guidance_scale"):
+            value = settings[name]
+            values = list(value) if isinstance(value, Sequence) else [value] * depth
+            if len(values) != depth:
+                raise ValueError(f"{name} must be a number or one per depth ({depth}), got {len(values)} values")
+            settings[name] = values
+
+        if not all(t > 0 and math.isfinite(t) for t in settings["temperature"]):
+            raise ValueError(
+                f"temperature must be greater than 0, got {settings['temperature']}; do_sample=False is greedy"
+            )
+        if not all(k is None or (k >= 1 and k == int(k)) for k in settings["top_k"]):
+            raise ValueError(f"top_k must be an integer of at least 1, got {settings['top_k']}")
+        settings["top_k"] = [codebook_size if k is None else min(int(k), codebook_size) for k in settings["top_k"]]
+        if not all(0 < p <= 1 for p in settings["top_p"]):
+            raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
+        settings["top_p"] = [float(p) for p in settings["top_p"]]
+        if not all(math.isfinite(scale) for scale in settings["guidance_scale"]):
+            raise ValueError(f"guidance_scale must be finite, got {settings['guidance_scale']}")
+        return cls(**settings)
+
+    @property
+    def is_guided(self) -> bool:
+        return any(scale != 1 for scale in self.guidance_scale)
+
+    def check_guidance(self, schedule: str, negative_cond_ids: torch.Tensor | None, null_cond_id: int | None) -> None:
+        """Raises `ValueError` for arguments of guidance that contradict each other or the model."""
+        if schedule not in GUIDANCE_SCHEDULES:
+            raise ValueError(f"guidance_schedule must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}")
+        if not self.is_guided and (negative_cond_ids is not None or schedule != "constant"):
+            name = "negative_cond_ids" if negative_cond_ids is not None else "guidance_schedule"
+            raise ValueError(f"{name} needs a guidance_scale other than 1")
+        if self.is_guided and negative_cond_ids is None and null_cond_id is None:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} needs a model with a null condition, but config.null_cond_id "
+                "is None; or give negative_cond_ids"
+            )
+
+    def guidance_over_positions(self, num_positions: int, schedule: str, device: torch.device) -> torch.Tensor:
+        """Guidance scales `(T, D)`."""
+        last = max(1, num_positions - 1)
+        progress = torch.tensor([GUIDANCE_SCHEDULES[schedule](position / last) for position in range(num_positions)])
+        return (1 + (torch.tensor(self.guidance_scale) - 1) * progress[:, None]).to(device)
+
+    def code_sampler(self, device: torch.device) -> CodeSampler:
+        temperature = torch.tensor(self.temperature, device=device, dtype=torch.float32)
+        return CodeSampler(self.do_sample, temperature, self.top_k, self.top_p)
+
+
+def resolve_batch_size(
+    cond_ids: torch.Tensor | None, num_images: int | None, prefix_codes: torch.Tensor | None
+) -> int:
+    """The batch size that the arguments agree on, 1 without any. Raises `ValueError` if they disagree or it is 0."""
+    sizes = {
+        "cond_ids": None if cond_ids is None else len(cond_ids),
+        "num_images": num_images,
+        "prefix_codes": None if prefix_codes is None else len(prefix_codes),
+    }
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"arguments disagree on the batch size: {sizes}")
+    batch_size = next(iter(sizes.values()), 1)
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {sizes}")
+    return batch_size
+
+
+def check_prefix(
+    prefix_codes: torch.Tensor | None, start: int, keep_depth: int, code_shape: tuple[int, int, int]
+) -> None:
+    """Raises `ValueError` for a prefix outside the code map `(H, W, D)`, without codes, or codes without a prefix."""
+    height, width, depth = code_shape
+    if not 0 <= start <= height * width:
+        raise ValueError(f"start must lie in [0, {height * width}], the positions in raster order, got {start}")
+    if not 0 <= keep_depth < depth:
+        raise ValueError(f"keep_depth must lie in [0, {depth}), got {keep_depth}")
+    if (prefix_codes is None) != (start == keep_depth == 0):
+        raise ValueError(
+            "prefix_codes go with start > 0 or keep_depth > 0, got "
+            f"{'no prefix_codes' if prefix_codes is None else 'prefix_codes'}, {start=}, {keep_depth=}"
+        )
