@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.hooks import apply_layerwise_casting
 from safetensors.torch import load_file, save_file
 from tiny import (
     CONDITIONS,
@@ -151,6 +152,15 @@ def test_text_loss_is_weighted(weight):
     codes, ids = tiny_codes(), tiny_condition("text")
     out = model(codes, ids, labels=codes)
     torch.testing.assert_close(out.loss, weight * out.cond_loss + (1 - weight) * out.depth_losses.mean())
+
+
+def test_weights_may_be_stored_in_8_bits():
+    model, ids, codes = tiny_transformer("class").bfloat16(), tiny_condition("class"), tiny_codes()
+    expected = model(codes, ids).logits
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+    logits = model(codes, ids).logits
+    assert logits.dtype == torch.bfloat16 and not torch.equal(logits, expected)
+    assert model.generate(ids, do_sample=False).shape == codes.shape
 
 
 def test_tuple_holds_the_same_as_the_output():
@@ -345,7 +355,7 @@ def test_default_stacks_have_one_width_and_a_wider_mlp():
     [
         ({"code_shape": (H, W)}, r"code_shape must be \(H, W, D\), each at least 1, got \(2, 3\)"),
         ({"code_shape": (H, 0, D)}, r"code_shape must be \(H, W, D\), each at least 1, got \(2, 0, 4\)"),
-        ({"spatial_config": STACK | {"hidden_size": 2 * E}}, "one hidden_size, got 32 and 16"),
+        ({"spatial_config": STACK | {"hidden_size": 2 * E}}, "the same hidden_size, got 32 and 16"),
         ({"cond_vocab_size": 0}, "at least 1, got 0 and 1"),
         ({"cond_length": 0}, "at least 1, got 1 and 0"),
         ({"null_cond_id": 1}, r"null_cond_id must lie in \[0, 1\), got 1"),

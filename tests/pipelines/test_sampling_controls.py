@@ -85,7 +85,7 @@ class TestCandidates:
 
     @pytest.mark.parametrize("score", [torch.zeros(1), torch.tensor([0.0, float("nan")]), [0.0, 1.0]])
     def test_scores_that_are_none_are_an_error(self, score):
-        with pytest.raises(ValueError, match="scorer must return a number for each of 2 pictures"):
+        with pytest.raises(ValueError, match=r"scorer must return one number per image \(2\)"):
             tiny_pipeline()(num_candidates=2, scorer=lambda images, conditions: score)
 
     def test_classifier(self):
@@ -183,8 +183,8 @@ class TestPreview:
     "arguments, message",
     [
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
-        ({"num_candidates": 2}, "belong together, got no scorer and num_candidates=2"),
-        ({"scorer": brightness}, "belong together, got a scorer and num_candidates=1"),
+        ({"num_candidates": 2}, "and vice versa; got no scorer and num_candidates=2"),
+        ({"scorer": brightness}, "and vice versa; got a scorer and num_candidates=1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_candidates": 2, "scorer": brightness, "generator": [1]}, r"one generator per image \(2\), got 1"),
         ({"keep_depth": 1}, "got no prefix_codes, start=0, keep_depth=1"),

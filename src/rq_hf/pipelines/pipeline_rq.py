@@ -1,9 +1,8 @@
-"""Prompt (or class, or nothing) in, pictures out.
+"""Images from a prompt, a class, or nothing.
 
 Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, `L` length of the condition.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +17,18 @@ from transformers import PreTrainedTokenizerBase
 from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
 from ..models.rq_transformer.code_sampling import Generators, check_generator
-from ..models.rq_transformer.generation_rq_transformer import PerDepth
-from ..text import encode_captions
+from ..models.rq_transformer.generation_settings import PerDepth
+from .conditions import (
+    as_list,
+    check_conditions,
+    encode_conditions,
+    encode_prompts,
+    is_class_conditional,
+    is_text_conditional,
+)
+from .rejection_sampling import Scorer, check_candidates, score_images, select_best
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
 
 
 @dataclass
@@ -43,9 +49,9 @@ class RQPipeline(DiffusionPipeline):
     Image generation with residual quantization (Lee et al., CVPR 2022).
 
     Args:
-        vae ([`RQVAEModel`]): turns codes into pictures and back.
-        transformer ([`RQTransformerModel`]): draws codes.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): of a text model.
+        vae ([`RQVAEModel`]): encodes images to codes and decodes them.
+        transformer ([`RQTransformerModel`]): samples codes.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of a text model.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -59,49 +65,44 @@ class RQPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        ours = (vae.config.depth, vae.config.codebook_size, vae.config.codebook_dim, vae.config.shared_codebook)
+        config = vae.config
+        of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
         config = transformer.config
-        theirs = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
-        if ours != theirs:
+        of_transformer = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
+        if of_vae != of_transformer:
             raise ValueError(
-                "vae and transformer must agree in (depth, codebook size, codebook dim, shared codebook), "
-                f"got {ours} and {theirs}"
+                "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
+                f"got {of_vae} and {of_transformer}"
             )
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
     def is_text_conditional(self) -> bool:
-        return self.transformer.config.cond_length > 1
+        return is_text_conditional(self.transformer.config)
 
     @property
     def is_class_conditional(self) -> bool:
-        return not self.is_text_conditional and self.transformer.config.cond_vocab_size > 1
+        return is_class_conditional(self.transformer.config)
 
     def check_inputs(
         self,
+        *,
         prompt,
+        negative_prompt,
         class_labels,
         num_images_per_prompt,
+        scorer,
+        num_candidates,
+        batch_size,
         output_type,
         callback_on_step_end_tensor_inputs,
-        negative_prompt=None,
-        scorer=None,
-        num_candidates=1,
-        batch_size=None,
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
-        if prompt is not None and class_labels is not None:
-            raise ValueError("give either prompt or class_labels, not both")
+        check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
-        if (scorer is None) != (num_candidates == 1):
-            raise ValueError(
-                "a scorer and num_candidates > 1 belong together, got "
-                f"{'no scorer' if scorer is None else 'a scorer'} and {num_candidates=}"
-            )
+        check_candidates(scorer, num_candidates)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if output_type not in OUTPUT_TYPES:
@@ -111,52 +112,13 @@ class RQPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
             )
-        if negative_prompt is not None and prompt is None:
-            raise ValueError(f"negative_prompt goes with a prompt, got {negative_prompt=} alone")
-        if prompt is not None:
-            if not self.is_text_conditional:
-                kind = "class_labels" if self.is_class_conditional else "neither a prompt nor class_labels"
-                raise ValueError(f"this model takes {kind}, got prompt={prompt!r}")
-            if self.tokenizer is None:
-                raise ValueError(
-                    "this pipeline has no tokenizer, which a prompt needs: pass tokenizer= when loading it"
-                )
-            for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt or "")):
-                texts = [value] if isinstance(value, str) else value
-                if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                    raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
-        elif self.is_text_conditional:
-            raise ValueError("this model needs a prompt")
-        if class_labels is not None:
-            if not self.is_class_conditional:
-                raise ValueError(
-                    f"this model takes neither a prompt nor class_labels, got class_labels={class_labels!r}"
-                )
-            self._check_class_labels([class_labels] if isinstance(class_labels, int) else class_labels)
-        elif self.is_class_conditional:
-            raise ValueError("this model needs class_labels")
-
-    def _check_class_labels(self, labels) -> None:
-        if not isinstance(labels, list) or not labels or not all(isinstance(label, int) for label in labels):
-            raise TypeError(f"class_labels must be an integer or a list of integers, got {labels!r}")
-        config = self.transformer.config
-        outside = [x for x in labels if not 0 <= x < config.cond_vocab_size or x == config.null_cond_id]
-        if outside:
-            num_classes = config.cond_vocab_size - (config.null_cond_id is not None)
-            raise ValueError(f"class_labels must lie among the {num_classes} classes from 0 on, got {outside}")
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Prompts -> condition ids `(B, L)`, padded on the right.
 
-        Raises `ValueError` for a prompt of more than L tokens; nothing is cut off silently.
+        Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        length = self.transformer.config.cond_length
-        token_ids, num_tokens = encode_captions(self.tokenizer, prompts, length)
-        for text, count in zip(prompts, num_tokens):
-            if count > length:
-                raise ValueError(f"a prompt may have at most {length} tokens, got {count} for {text!r}")
-        return token_ids
+        return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
 
     @torch.no_grad()
     def __call__(
@@ -185,24 +147,25 @@ class RQPipeline(DiffusionPipeline):
     ) -> RQPipelineOutput | tuple:
         r"""
         Args:
-            prompt (`str` or list of them): of a text model, at most L tokens each; a longer one is an error.
-            class_labels (`int` or list of them): of a class-conditional model, from 0 on.
-            num_images_per_prompt (`int`): pictures per prompt or label; of an unconditional model, how many in all.
-            negative_prompt (`str`, or a list, one per prompt): what guidance leads away from, instead of no text.
+            prompt (`str` or list of them): for a text model, at most L tokens each; a longer one is an error.
+            class_labels (`int` or list of them): for a class-conditional model, in [0, number of classes).
+            num_images_per_prompt (`int`): images per prompt or label; of an unconditional model, images in all.
+            negative_prompt (`str`, or a list, one per prompt): the condition that guidance steers away from, instead
+                of no text.
             guidance_scale, guidance_schedule, temperature, top_k, top_p, do_sample, prefix_codes, start, keep_depth,
-                generator: see [`RQTransformerModel.generate`]; what is left out comes from the model's
-                `generation_config`. Generators and prefix codes are one per picture that is drawn.
-            scorer (`Callable`): rejection sampling (section 4.2): pictures `(B, 3, height, width)` in [0, 1] and the
-                list of their prompts or labels (`None` without) -> scores `(B,)`; see `rq_hf.scoring`.
-            num_candidates (`int`): so many pictures are drawn for each one that is returned: of all candidates of a
-                prompt the best `num_images_per_prompt`, best first. 20 is the paper's acceptance rate of 5 %.
-            batch_size (`int`): pictures drawn at a time (default: all), which bounds the memory. With a generator per
-                picture they do not depend on it.
-            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`, which gives the codes.
+                generator: see [`RQTransformerModel.generate`]. Settings that are left out come from the model's
+                `generation_config`. Lists of generators, and prefix codes, have one entry per sampled image.
+            scorer (`Callable`): rejection sampling (section 4.2): images `(B, 3, height, width)` in [0, 1] and the
+                list of their prompts or labels (`None` without) -> scores `(B,)`; see `rq_hf.metrics`.
+            num_candidates (`int`): candidates per returned image. Of all candidates of a prompt the best
+                `num_images_per_prompt` are returned, best first. 20 is the paper's acceptance rate of 5 %.
+            batch_size (`int`): images sampled at a time (default: all), which bounds the memory. With one generator
+                per image, the images do not depend on it.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`): [`RQPipelineOutput`], or the tuple (images, codes).
             callback_on_step_end (`Callable`): called after every position of every batch with (pipeline, step, raster
-                index, tensors); the tensors it returns are continued from. `decode_codes(codes, num_positions=...)`
-                shows a picture that is being drawn.
+                index, tensors); sampling continues from the tensors it returns. `decode_codes(codes,
+                num_positions=...)` shows an image that is still being sampled.
             callback_on_step_end_tensor_inputs (list of `str`): tensors to pass to it; there is `"codes"`.
 
         Example:
@@ -213,102 +176,92 @@ class RQPipeline(DiffusionPipeline):
         >>> pipe("fire engine").images[0].save("fire engine.png")
         ```
         """
+        # 1. Check the arguments
         self.check_inputs(
-            prompt,
-            class_labels,
-            num_images_per_prompt,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-            negative_prompt,
-            scorer,
-            num_candidates,
-            batch_size,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            class_labels=class_labels,
+            num_images_per_prompt=num_images_per_prompt,
+            scorer=scorer,
+            num_candidates=num_candidates,
+            batch_size=batch_size,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        conditions, cond_ids, negative_ids = self._encode_conditions(prompt, class_labels, negative_prompt)
+
+        # 2. Encode the conditions, one for each image that is sampled
+        conditions = encode_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
         per_condition = num_images_per_prompt * num_candidates
-        total = per_condition * (1 if conditions is None else len(conditions))
-        batch_size = batch_size or total
-        check_generator(generator, total)
-        if prefix_codes is not None and len(prefix_codes) != total:
-            raise ValueError(f"prefix_codes must be one map per picture drawn ({total}), got {len(prefix_codes)}")
+        num_samples = per_condition * conditions.count
+        conditions = conditions.repeat(per_condition)
+        check_generator(generator, num_samples)
+        if prefix_codes is not None and len(prefix_codes) != num_samples:
+            raise ValueError(
+                f"prefix_codes must be one map per sampled image ({num_samples}), got {len(prefix_codes)}"
+            )
 
-        height, width, _ = self.transformer.config.code_shape
-        batches = torch.arange(total).split(batch_size)
-        all_codes, scores, step = [], [], itertools.count()
-        with self.progress_bar(total=(height * width - start) * len(batches)) as progress_bar:
+        # 3. Sample codes batch by batch, and score their images
+        batch_size = num_samples if batch_size is None else batch_size
+        batches = [slice(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
+        num_positions = self.transformer.num_positions - start
+        all_codes, scores = [], []
+        try:
+            with self.progress_bar(total=num_positions * len(batches)) as progress_bar:
+                for i, rows in enumerate(batches):
 
-            def on_position(position, codes):
-                progress_bar.update()
-                if callback_on_step_end is None:
-                    return None
-                tensors = {"codes": codes} if "codes" in callback_on_step_end_tensor_inputs else {}
-                outputs = callback_on_step_end(self, next(step), position, tensors)
-                return None if outputs is None else outputs.get("codes")
+                    def on_position(position, codes, first_step=i * num_positions - start):
+                        progress_bar.update()
+                        if callback_on_step_end is None:
+                            return None
+                        tensors = {"codes": codes} if "codes" in callback_on_step_end_tensor_inputs else {}
+                        outputs = callback_on_step_end(self, first_step + position, position, tensors)
+                        return None if outputs is None else outputs.get("codes")
 
-            for rows in batches:
-                condition = rows // per_condition
-                codes = self.transformer.generate(
-                    None if cond_ids is None else cond_ids[condition].to(self._execution_device),
-                    num_images=len(rows),
-                    prefix_codes=None if prefix_codes is None else prefix_codes[rows],
-                    start=start,
-                    keep_depth=keep_depth,
-                    generator=[generator[row] for row in rows] if isinstance(generator, Sequence) else generator,
-                    do_sample=do_sample,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    guidance_scale=guidance_scale,
-                    guidance_schedule=guidance_schedule,
-                    negative_cond_ids=None if negative_ids is None else negative_ids[condition],
-                    on_position=on_position,
-                )
-                all_codes.append(codes)
-                if scorer is not None:
-                    given = None if conditions is None else [conditions[i] for i in condition]
-                    scores.append(self._score(scorer, self.decode_codes(codes, output_type="pt"), given))
+                    codes = self.transformer.generate(
+                        take(conditions.cond_ids, rows),
+                        num_images=rows.stop - rows.start,
+                        prefix_codes=take(prefix_codes, rows),
+                        start=start,
+                        keep_depth=keep_depth,
+                        generator=generator[rows] if isinstance(generator, Sequence) else generator,
+                        do_sample=do_sample,
+                        temperature=temperature,
+                        top_k=top_k,
+                        top_p=top_p,
+                        guidance_scale=guidance_scale,
+                        guidance_schedule=guidance_schedule,
+                        negative_cond_ids=take(conditions.negative_cond_ids, rows),
+                        on_position=on_position,
+                    )
+                    all_codes.append(codes)
+                    if scorer is not None:
+                        images = self.decode_codes(codes, output_type="pt")
+                        scores.append(score_images(scorer, images, take(conditions.values, rows)))
 
-        codes = torch.cat(all_codes)
-        if scorer is not None:
-            best = torch.cat(scores).view(-1, per_condition).topk(num_images_per_prompt, dim=-1).indices
-            codes = codes.unflatten(0, (-1, per_condition))[torch.arange(len(best))[:, None], best].flatten(0, 1)
-        images = codes
-        if output_type != "latent":
-            samples = [self.vae.decode_codes(batch).sample.float() for batch in codes.split(batch_size)]
-            images = self.image_processor.postprocess(torch.cat(samples), output_type=output_type)
-        self.maybe_free_model_hooks()
+            # 4. Keep the best candidates
+            codes = torch.cat(all_codes)
+            if scorer is not None:
+                codes = select_best(codes, torch.cat(scores), per_condition, num_images_per_prompt)
+
+            # 5. Decode the codes
+            if output_type == "latent":
+                images = codes
+            else:
+                samples = [self.vae.decode_codes(batch).sample.float() for batch in codes.split(batch_size)]
+                images = self.image_processor.postprocess(torch.cat(samples), output_type=output_type)
+        finally:
+            self.maybe_free_model_hooks()
+
         return RQPipelineOutput(images=images, codes=codes) if return_dict else (images, codes)
-
-    def _encode_conditions(self, prompt, class_labels, negative_prompt):
-        """Prompts or labels as a list, their ids `(P, L)`, the negative prompts' ids; `None` for what there is not."""
-        if class_labels is not None:
-            labels = [class_labels] if isinstance(class_labels, int) else class_labels
-            return labels, torch.tensor(labels)[:, None], None
-        if prompt is None:
-            return None, None, None
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if negative_prompt is None:
-            return prompts, self.encode_prompt(prompts), None
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        if len(negatives) != len(prompts):
-            raise ValueError(f"negative_prompt must be one, or one per prompt ({len(prompts)}), got {len(negatives)}")
-        return prompts, self.encode_prompt(prompts), self.encode_prompt(negatives)
-
-    @staticmethod
-    def _score(scorer, images, conditions) -> torch.Tensor:
-        scores = scorer(images, conditions)
-        if not torch.is_tensor(scores) or scores.shape != (len(images),) or scores.isnan().any():
-            raise ValueError(f"scorer must return a number for each of {len(images)} pictures, got {scores}")
-        return scores.cpu()
 
     def compile(self) -> None:
         """
-        Makes drawing and decoding several times faster on the device where the pipeline computes; codes stay the
-        same, in low precision up to rounding, which may tip one.
+        Speeds up sampling and decoding several times on the pipeline's current device; codes stay the same, but in low
+        precision rounding may change individual codes.
 
-        On a CPU by [`RQTransformerModel.pack_weights`], after which the pipeline is neither moved nor cast, and by
-        decoding one picture after the other; elsewhere by [`RQTransformerModel.compile_steps`], which takes minutes in
-        the first call with every number of images. For the pictures see [`RQVAEModel.fuse_blocks`].
+        On a CPU: [`RQTransformerModel.pack_weights`], after which the pipeline can no longer be moved or cast, and
+        decoding one image at a time. Elsewhere: [`RQTransformerModel.compile_steps`], which takes minutes in the first
+        call with each number of images. For decoding see [`RQVAEModel.fuse_blocks`].
         """
         if self._execution_device.type == "cpu":
             self.transformer.pack_weights()
@@ -319,10 +272,10 @@ class RQPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
-        """Pictures (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
+        """Images (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
 
-        PIL pictures become grey for an RQ-VAE of one channel. They are not resized: raises `ValueError` where the
-        encoder cannot divide their sides, and `TypeError` for pixels that are integers.
+        PIL images become grey for an RQ-VAE of one channel. Images are not resized: raises `ValueError` where the
+        encoder cannot divide their sides, and `TypeError` for integer pixels.
         """
         rows, columns = self.vae.pixels_per_code
         mode = "L" if self.vae.config.in_channels == 1 else "RGB"
@@ -330,7 +283,7 @@ class RQPipeline(DiffusionPipeline):
         images = [to_rgb(i).convert(mode) if isinstance(i, PIL.Image.Image) else i for i in images]
         sizes = {i.size for i in images if isinstance(i, PIL.Image.Image)}
         if len(sizes) > 1:
-            raise ValueError(f"pictures of one batch must have one size, got {sorted(sizes)}")
+            raise ValueError(f"images of one batch must have the same size, got {sorted(sizes)}")
         if any(width % columns or height % rows for width, height in sizes):
             raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
         for i in images:
@@ -347,7 +300,7 @@ class RQPipeline(DiffusionPipeline):
         num_positions: int | None = None,
         output_type: str = "pil",
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Codes `(B, H, W, D)` -> pictures; with `depth=d` from the first d codes of every position, and with
+        """Codes `(B, H, W, D)` -> images; with `depth=d` from the first d codes of every position, and with
         `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
         sample = self.vae.decode_codes(codes, depth, num_positions).sample
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
@@ -355,5 +308,10 @@ class RQPipeline(DiffusionPipeline):
     def reconstruct(
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Pictures through the code map and back; with `depth=d` from the first d codes of every position."""
+        """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+
+
+def take(values, rows: slice):
+    """Rows of a tensor or list; `None` for `None`."""
+    return None if values is None else values[rows]

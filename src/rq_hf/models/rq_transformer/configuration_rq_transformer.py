@@ -20,8 +20,9 @@ class RQStackConfig(PreTrainedConfig):
         attention_bias (`bool`): biases in the attention projections.
         mlp_bias (`bool`): biases in the MLP.
         attention_dropout (`float`): dropout on the attention weights.
-        hidden_dropout (`float`): dropout on what a block adds to the residual stream.
+        hidden_dropout (`float`): dropout on the outputs of attention and MLP.
         layer_norm_eps (`float`): epsilon of the layer norms.
+        initializer_range (`float`): standard deviation of the initial weights.
     """
 
     model_type = "rq_transformer_stack"
@@ -62,13 +63,14 @@ class RQTransformerConfig(PreTrainedConfig):
         cond_length (`int`): L, condition tokens in front of the image: the text length, or 1.
         null_cond_id (`int`, *optional*): the id that stands for "no condition" (all L tokens of it) in
             classifier-free guidance: the padding token of a text model, an extra class of a class model.
-        spatial_config, depth_config (`dict` or [`RQStackConfig`]): the two stacks, of one hidden size.
+        spatial_config, depth_config (`dict` or [`RQStackConfig`]): the two stacks, with the same hidden size.
         cumulative_depth_inputs (`bool`): the input of depth d is the projected sum of the codewords before d (the
             paper's section 3.2.2), or, when false, the projected codeword of d − 1 alone.
         shared_classifier (`bool`): one classifier for all depths, or one per depth.
         embedding_dropout (`float`): dropout on the inputs of the spatial stack.
         text_loss_weight (`float`): weight w in loss = w·(next-token loss of the text) + (1 − w)·(loss of the codes);
             only used when L > 1.
+        initializer_range (`float`): standard deviation of the initial embeddings and classifiers.
     """
 
     model_type = "rq_transformer"
@@ -98,7 +100,7 @@ class RQTransformerConfig(PreTrainedConfig):
             raise ValueError(f"code_shape must be (H, W, D), each at least 1, got {self.code_shape}")
         if self.spatial_config.hidden_size != self.depth_config.hidden_size:
             raise ValueError(
-                "spatial_config and depth_config must have one hidden_size, got "
+                "spatial_config and depth_config must have the same hidden_size, got "
                 f"{self.spatial_config.hidden_size} and {self.depth_config.hidden_size}"
             )
         if min(self.cond_vocab_size, self.cond_length) < 1:

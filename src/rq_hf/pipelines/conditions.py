@@ -1,0 +1,132 @@
+"""Prompts and class labels as condition ids, with all their checks."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..models import RQTransformerConfig
+from ..text import encode_captions
+
+
+@dataclass
+class Conditions:
+    """
+    Conditions of P images; all `None` for an unconditional model.
+
+    Args:
+        values: the prompts or labels.
+        cond_ids: their ids `(P, L)`, int64.
+        negative_cond_ids: those of the negative prompts `(P, L)`, int64, or `None`.
+    """
+
+    values: list[str] | list[int] | None = None
+    cond_ids: torch.Tensor | None = None
+    negative_cond_ids: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """P, or 1 for an unconditional model."""
+        return 1 if self.values is None else len(self.values)
+
+    def repeat(self, times: int) -> "Conditions":
+        """Every condition `times` in a row."""
+        values = None if self.values is None else [value for value in self.values for _ in range(times)]
+        ids = (
+            None if x is None else x.repeat_interleave(times, dim=0) for x in (self.cond_ids, self.negative_cond_ids)
+        )
+        return Conditions(values, *ids)
+
+
+def is_text_conditional(config: RQTransformerConfig) -> bool:
+    return config.cond_length > 1
+
+
+def is_class_conditional(config: RQTransformerConfig) -> bool:
+    return not is_text_conditional(config) and config.cond_vocab_size > 1
+
+
+def check_conditions(
+    config: RQTransformerConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    class_labels: int | list[int] | None,
+) -> None:
+    """Raises `ValueError`/`TypeError` for conditions that contradict each other or do not fit the model."""
+    if prompt is not None and class_labels is not None:
+        raise ValueError("give either prompt or class_labels, not both")
+    if negative_prompt is not None and prompt is None:
+        raise ValueError(f"negative_prompt goes with a prompt, got {negative_prompt=} alone")
+    if is_text_conditional(config):
+        if prompt is None:
+            raise ValueError("this model needs a prompt")
+        if tokenizer is None:
+            raise ValueError("this pipeline has no tokenizer, which a prompt needs: pass tokenizer= when loading it")
+        check_prompts("prompt", prompt)
+        if negative_prompt is not None:
+            check_prompts("negative_prompt", negative_prompt)
+            num_prompts, num_negatives = (len(as_list(texts)) for texts in (prompt, negative_prompt))
+            if not isinstance(negative_prompt, str) and num_negatives != num_prompts:
+                raise ValueError(
+                    f"negative_prompt must be one, or one per prompt ({num_prompts}), got {num_negatives}"
+                )
+    elif prompt is not None:
+        kind = "class_labels" if is_class_conditional(config) else "neither a prompt nor class_labels"
+        raise ValueError(f"this model takes {kind}, got prompt={prompt!r}")
+    elif is_class_conditional(config):
+        if class_labels is None:
+            raise ValueError("this model needs class_labels")
+        check_class_labels(class_labels, config)
+    elif class_labels is not None:
+        raise ValueError(f"this model takes neither a prompt nor class_labels, got class_labels={class_labels!r}")
+
+
+def check_prompts(name: str, prompts: str | list[str]) -> None:
+    texts = as_list(prompts)
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a string or a list of strings, got {prompts!r}")
+
+
+def check_class_labels(class_labels: int | list[int], config: RQTransformerConfig) -> None:
+    labels = as_list(class_labels)
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, int) for label in labels):
+        raise TypeError(f"class_labels must be an integer or a list of integers, got {class_labels!r}")
+    invalid = [x for x in labels if not 0 <= x < config.cond_vocab_size or x == config.null_cond_id]
+    if invalid:
+        num_classes = config.cond_vocab_size - (config.null_cond_id is not None)
+        raise ValueError(f"class_labels must lie in [0, {num_classes}), got {invalid}")
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], length: int) -> torch.Tensor:
+    """Prompts -> condition ids `(P, L)`, L = `length`. Raises `ValueError` for a prompt of more than L tokens."""
+    cond_ids, num_tokens = encode_captions(tokenizer, prompts, length)
+    for text, count in zip(prompts, num_tokens):
+        if count > length:
+            raise ValueError(f"a prompt may have at most {length} tokens, got {count} for {text!r}")
+    return cond_ids
+
+
+def encode_conditions(
+    config: RQTransformerConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str | list[str] | None,
+    negative_prompt: str | list[str] | None,
+    class_labels: int | list[int] | None,
+) -> Conditions:
+    """The conditions of arguments that [`check_conditions`] accepts."""
+    if class_labels is not None:
+        labels = as_list(class_labels)
+        return Conditions(labels, torch.tensor(labels)[:, None])
+    if prompt is None:
+        return Conditions()
+    prompts, negative_ids = as_list(prompt), None
+    if negative_prompt is not None:
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        negative_ids = encode_prompts(tokenizer, negatives, config.cond_length)
+    return Conditions(prompts, encode_prompts(tokenizer, prompts, config.cond_length), negative_ids)
+
+
+def as_list(value):
+    """A single prompt or label as a list of one; anything else as it is."""
+    return [value] if isinstance(value, str | int) else value

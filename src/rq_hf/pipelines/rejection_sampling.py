@@ -1,0 +1,32 @@
+"""Rejection sampling: of several candidates per image, keep those that a scorer prefers (section 4.2)."""
+
+from collections.abc import Callable
+
+import torch
+
+Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
+
+
+def check_candidates(scorer: Scorer | None, num_candidates: int) -> None:
+    """Raises `ValueError` for candidates without a scorer, a scorer without candidates, or less than 1 of them."""
+    if num_candidates < 1:
+        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
+    if (scorer is None) != (num_candidates == 1):
+        raise ValueError(
+            "scorer requires num_candidates > 1, and vice versa; got "
+            f"{'no scorer' if scorer is None else 'a scorer'} and {num_candidates=}"
+        )
+
+
+def score_images(scorer: Scorer, images: torch.Tensor, conditions: list | None) -> torch.Tensor:
+    """Scores `(B,)`, on the CPU, of images `(B, 3, height, width)` in [0, 1]; `ValueError` for any other result."""
+    scores = scorer(images, conditions)
+    if not torch.is_tensor(scores) or scores.shape != (len(images),) or scores.isnan().any():
+        raise ValueError(f"scorer must return one number per image ({len(images)}), got {scores}")
+    return scores.cpu()
+
+
+def select_best(codes: torch.Tensor, scores: torch.Tensor, per_condition: int, num_images: int) -> torch.Tensor:
+    """Of every `per_condition` codes in a row the `num_images` of the highest scores, best first."""
+    best = scores.view(-1, per_condition).topk(num_images, dim=-1).indices  # (P, num_images)
+    return codes.unflatten(0, (-1, per_condition))[torch.arange(len(best))[:, None], best].flatten(0, 1)
