@@ -295,7 +295,7 @@ def test_sizes_that_the_encoder_cannot_divide_are_errors(pipe, as_input, height,
 
 
 def test_pictures_of_different_sizes_are_an_error(pipe):
-    with pytest.raises(ValueError, match=r"one size, got \[\(4, 2\), \(4, 4\)\]"):
+    with pytest.raises(ValueError, match=r"the same size, got \[\(4, 2\), \(4, 4\)\]"):
         pipe.encode_image([PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (4, 2))])
 
 
