@@ -1,19 +1,21 @@
 """
-Drawing and decoding codes against the authors' implementation, with the same random weights (half an hour, on a CPU).
+Time sampling and decoding of codes against the authors' implementation, with the same random weights (half an hour,
+on a CPU).
 
     git clone https://github.com/kakaobrain/rq-vae-transformer REFERENCE
     python benchmarks/sampling.py --reference REFERENCE [--cases 512-16 decode] [--positions 8] [--repeats 5]
 
-`512-…` draws 8×8×4 codes with a transformer 512 wide of 12 + 4 layers, K = 16384; `ffhq` with that of 355M parameters,
-K = 2048. Every image has its own class, so that greedy codes differ; the temperature of 0.25 makes logits of random
-weights about as peaked as those of a trained model. `decode` makes 256×256 pictures of 8×8×4 codes. With --positions N
-only maps of 1×N positions are drawn, by both sides, which is the same work as the first N positions of 8×8.
+`512-…` samples 8×8×4 codes with a transformer 512 wide of 12 + 4 layers, K = 16384; `ffhq` with that of 355M
+parameters, K = 2048. Every image has its own class, so that greedy codes differ; the temperature of 0.25 makes logits
+of random weights about as peaked as those of a trained model. `decode` makes 256×256 images of 8×8×4 codes. With
+--positions N only maps of 1×N positions are sampled, by both sides, which is the same work as the first N positions of
+8×8.
 
 `rq_hf` is `generate` and `decode_codes`, a batch at a time; `compiled` is the same after `pipe.compile()`; `bf16`
 has weights in bfloat16. `authors` is their code as their scripts call it: the cached `sample` for a batch, and then
-`decode_code` for one picture after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed,
+`decode_code` for one image after the other. Their option amp does nothing on a CPU. Nothing of theirs is changed,
 but `configs.py` is left out: for annotations only it needs omegaconf, and Python 3.10. Greedy codes (top-k 1 in
-theirs) and pictures are compared with those of `rq_hf`. Without --reference, theirs is left out.
+theirs) and images are compared with those of `rq_hf`. Without --reference, theirs is left out.
 
 Time is the least of interleaved repeats, in one process, per image. Memory is the most that is resident during the
 first batch beyond the model, each in a process of its own. The shares are those of one more batch. The bound is what
@@ -50,6 +52,7 @@ from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config
 from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
 from rq_hf.models.rq_transformer.code_sampling import CodeSampler
+from rq_hf.models.rq_vae.fused_blocks import FusedResnetBlock, FusedUpsample
 
 C, D = 256, 4
 TEMPERATURE = 0.25
@@ -131,13 +134,13 @@ def transformer_sampler(case, name, reference):
             prepare = model.pack_weights if model.device.type == "cpu" else model.compile_steps
             prepare()
         methods = [(model.spatial_stack, "forward"), (model.depth_stack, "forward")]
-        methods += [(model.classifier, "forward"), (CodeSampler, "draw")]
+        methods += [(model.classifier, "forward"), (CodeSampler, "sample")]
         settings = {"temperature": TEMPERATURE, "top_k": case.top_k, "top_p": case.top_p}
 
         def run(greedy=False):
             return model.generate(cond_ids, do_sample=not greedy, **settings)
 
-    return run, dict(zip(("spatial stack", "depth stack", "classifier", "draw"), methods, strict=True))
+    return run, dict(zip(("spatial stack", "depth stack", "classifier", "sampling"), methods, strict=True))
 
 
 def vae_sampler(case, name, reference):
@@ -159,6 +162,8 @@ def vae_sampler(case, name, reference):
         classes = layers.ResnetBlock, layers.AttnBlock, layers.Upsample
     else:
         classes = ResnetBlock2D, Attention, Upsample2D
+        if "compiled" in name:
+            classes = FusedResnetBlock, Attention, FusedUpsample
     if "bf16" in name:  # all but the quantizer, as from_pretrained does
         for module in (model.encoder, model.quant_conv, model.post_quant_conv, model.decoder):
             module.to(torch.bfloat16)
@@ -169,7 +174,7 @@ def vae_sampler(case, name, reference):
 
     def run(greedy=False):
         if name == "authors":
-            return torch.cat([theirs.decode_code(picture) for picture in codes.split(1)])
+            return torch.cat([theirs.decode_code(image) for image in codes.split(1)])
         return model.decode_codes(codes).sample
 
     return run, {
@@ -178,8 +183,8 @@ def vae_sampler(case, name, reference):
 
 
 def make_sampler(case, name, reference):
-    """A function that draws (`greedy=True`: the most likely codes) or decodes a batch, and what takes its time: named
-    parts, each an object and the name of its method."""
+    """A function that samples (`greedy=True`: the most likely codes) or decodes a batch, and the parts that take its
+    time by name, each an object and the name of its method."""
     torch.set_num_threads(case.threads)
     return (transformer_sampler if case.width else vae_sampler)(case, name, reference)
 
@@ -254,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", help="a checkout of kakaobrain/rq-vae-transformer")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--positions", type=int, help="draw only the first ones of the map")
+    parser.add_argument("--positions", type=int, help="sample only the first positions of the map")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 

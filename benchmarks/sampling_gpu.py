@@ -5,14 +5,14 @@ Drawing and decoding on a GPU with the sizes of a published model, random weight
 
 Milliseconds per image: the least of --repeats after a first call, in which the pipeline after `pipe.compile()` is
 compiled (minutes). `codes` are those of `generate` with top-k 2048 and top-p 0.95, `decode` of `decode_codes`,
-`pictures` of the pipeline, which does both. `authors` is their code, as in benchmarks/sampling.py, with their option
+`images` of the pipeline, which does both. `authors` is their code, as in benchmarks/sampling.py, with their option
 amp. Memory is the most that torch had allocated, weights included.
 
 The floor of the codes is what their matrix products take at the rate of a large one, or the reading of the weights if
-that is longer, and the reading of keys and values; both rates are measured. With --largest, more and more pictures are
-drawn at a time, not compiled, until memory runs out.
+that is longer, and the reading of keys and values; both rates are measured. With --largest, more and more images are
+sampled at a time, not compiled, until memory runs out.
 
-Aims for `imagenet-1.4b` on one H200: codes 0.9 at batch 500 and 1.4 at 100, decoding 0.8, pictures 1.7 at batch 500
+Aims for `imagenet-1.4b` on one H200: codes 0.9 at batch 500 and 1.4 at 100, decoding 0.8, images 1.7 at batch 500
 and 90 at 1; five times the speed of the authors' code.
 """
 
@@ -99,14 +99,14 @@ def steps_of(pipe, batch_size):
     return {
         "codes": lambda: pipe(**call | {"output_type": "latent"}),
         "decode": lambda: pipe.decode_codes(codes, output_type="pt"),
-        "pictures": lambda: pipe(**call),
+        "images": lambda: pipe(**call),
     }
 
 
 def steps_of_authors(case, reference):
     codes, _ = transformer_sampler(case, "authors", reference)
-    pictures, _ = vae_sampler(Case(case.threads, case.batch_size), "authors", reference)
-    return {"codes": codes, "decode": pictures}
+    images, _ = vae_sampler(Case(case.threads, case.batch_size), "authors", reference)
+    return {"codes": codes, "decode": images}
 
 
 def report(name, steps, batch_size, repeats, device):
@@ -146,7 +146,7 @@ def main() -> None:
                 pipe(**call_of(pipe, batch_size))
             except torch.OutOfMemoryError:
                 break
-            print(f"{batch_size} pictures at a time fit", flush=True)
+            print(f"{batch_size} images at a time fit", flush=True)
     del pipe
     for batch_size in args.batch_sizes if args.reference else ():
         steps = steps_of_authors(preset_case(args.preset, batch_size), args.reference)

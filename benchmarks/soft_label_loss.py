@@ -5,7 +5,7 @@ Cross-entropy with soft labels, fused with the classifier, against the plain for
 
 One training batch: 32 maps of 8×8×4 codes, K = 16384, C = 256, hidden size 512, float32. Measured is the way from
 hidden states and residuals to the loss and to its gradients by hidden states, weight and bias. `fused` is
-`codes_cross_entropy`. `plain` is each formula written down for the whole batch, and autograd: the soft targets
+`fused_linear_cross_entropy`. `plain` is each formula written down for the whole batch, and autograd: the soft targets
 softmax(−‖r − e‖²/τ), the logits, and −Σ target · log softmax(logits), all of them (N, D, K).
 
 Time is the least of interleaved repeats, in one process. Memory is the most that is resident at any time beyond the
@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from measure import least_seconds, peak_mebibytes
 
-from rq_hf.models.rq_transformer.fused_cross_entropy import codes_cross_entropy
+from rq_hf.models.rq_transformer.fused_cross_entropy import fused_linear_cross_entropy
 
 N, D, K, C, E = 32 * 8 * 8, 4, 16384, 256, 512
 TEMPERATURE = 0.5
 
 
 def fused(hidden_states, weight, bias, residuals, codebook):
-    return codes_cross_entropy(
+    return fused_linear_cross_entropy(
         hidden_states, weight, bias, residuals=residuals, codebook=codebook, temperature=TEMPERATURE
     )[0]
 
