@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rq_hf import EMOJI_MODEL, RQPipeline
-from rq_hf.metrics import codebook_health, count_codes, psnr
+from rq_hf.metrics import codebook_usage, count_codes, psnr
 
 
 def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
@@ -76,7 +76,7 @@ def main() -> None:
 
     train_psnr, counts = reconstruction(pipe, train_pictures)
     held_psnr, _ = reconstruction(pipe, held_pictures)
-    health = codebook_health(counts)
+    codebook = codebook_usage(counts)
     chosen = torch.randperm(len(train_captions), generator=torch.Generator().manual_seed(args.seed))[: args.captions]
     train_ranks = retrieval_ranks(
         pipe, [train_captions[i] for i in chosen], train_pictures[chosen], candidates, args.seed, **sampling
@@ -89,8 +89,8 @@ def main() -> None:
         "seed": args.seed,
         "psnr_train": train_psnr,
         "psnr_held_out": held_psnr,
-        "usage_per_depth": health["usage"].tolist(),
-        "perplexity_per_depth": health["perplexity"].tolist(),
+        "usage_per_depth": codebook["usage"].tolist(),
+        "perplexity_per_depth": codebook["perplexity"].tolist(),
         "candidates": len(candidates),
         "train_captions": len(train_ranks),
         "train_top1": (train_ranks <= 1).float().mean().item(),
