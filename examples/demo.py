@@ -1,9 +1,9 @@
-"""Draw emoji from words with the model that comes with the package.
+"""Generate emoji from text with the model that comes with the package.
 
     python examples/demo.py
     python examples/demo.py --prompt "fire engine"
 
-Writes a captioned grid of pictures and prints its path and the speed.
+Writes a grid of 16 images with their prompts, and prints its path and the speed.
 """
 
 import argparse
@@ -37,10 +37,10 @@ PROMPTS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", help="draw 16 pictures of this, instead of one for each of 16 prompts")
+    parser.add_argument("--prompt", help="generate 16 images of this, instead of one for each of 16 prompts")
     parser.add_argument("--model", default=EMOJI_MODEL, help="any text-to-image pipeline: a folder or a Hub id")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="picture to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
+    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="file to write; default: demo.png")
     args = parser.parse_args()
 
     pipe = RQPipeline.from_pretrained(args.model)
@@ -49,7 +49,7 @@ def main() -> None:
     images = pipe(prompts, generator=torch.Generator().manual_seed(args.seed)).images
     seconds = time.perf_counter() - start
     captioned_grid(images, prompts).save(args.output)
-    print(f"{args.output.resolve()}: {len(images)} pictures, {len(images) / seconds:.1f} images/s")
+    print(f"{args.output.resolve()}: {len(images)} images, {len(images) / seconds:.1f} images/s")
 
 
 if __name__ == "__main__":
