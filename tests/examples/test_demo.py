@@ -47,7 +47,7 @@ def test_demo_writes_a_grid_and_prints_its_path_and_speed(tmp_path, arguments):
     output = tmp_path / "grid.png"
     command = [sys.executable, str(DEMO), "--output", str(output), *arguments]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"(\S+): (\d+) pictures, ([\d.]+) images/s", printed)
+    match = re.search(r"(\S+): (\d+) images, ([\d.]+) images/s", printed)
     assert match[1] == str(output)
     assert int(match[2]) >= 16
     assert float(match[3]) > 0
