@@ -30,7 +30,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import DataArguments, train_tokenizer
+from rq_hf.data import DataArguments
 from rq_hf.training import (
     OptimizationArguments,
     create_accelerator,
@@ -49,6 +49,7 @@ from rq_hf.training.rq_transformer import (
     load_examples,
     model_card,
 )
+from rq_hf.text import train_tokenizer
 
 
 @dataclass
