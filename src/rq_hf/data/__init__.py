@@ -1,33 +1,26 @@
-from .loading import (
-    Collator,
-    DataArguments,
-    LatentCollator,
-    SourceArguments,
-    StreamTail,
-    TrainingStream,
-    check_columns,
-    column_names,
-    count_images,
-    decode_image,
-    encode_conditions,
-    load_images,
-    next_readable,
-    prepare_images,
+from .collators import ImageCollator, LatentCollator, decode_image
+from .latents import (
+    LATENTS_DESCRIPTION,
+    bytes_to_latents,
+    describe_latents,
+    latents_to_bytes,
+    load_latents,
+    write_latents,
 )
+from .loading import load_image_dataset, prepare_images
+from .stream import TrainingStream
 
 __all__ = [
-    "Collator",
-    "DataArguments",
+    "ImageCollator",
+    "LATENTS_DESCRIPTION",
     "LatentCollator",
-    "SourceArguments",
-    "StreamTail",
     "TrainingStream",
-    "check_columns",
-    "column_names",
-    "count_images",
+    "bytes_to_latents",
     "decode_image",
-    "encode_conditions",
-    "load_images",
-    "next_readable",
+    "describe_latents",
+    "latents_to_bytes",
+    "load_image_dataset",
+    "load_latents",
     "prepare_images",
+    "write_latents",
 ]

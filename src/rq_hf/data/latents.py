@@ -1,0 +1,82 @@
+"""
+Extracted latents on disk: parquet files with a column `latents`, the bytes of the vectors `(H, W, C)` that an RQ-VAE
+quantizes, in bfloat16, and `latents.json`, which says which RQ-VAE they belong to.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import torch
+
+from ..models import RQVAEModel
+from .loading import load_image_dataset
+
+LATENTS_DESCRIPTION = "latents.json"
+LATENTS_DTYPE = torch.bfloat16
+
+
+def describe_latents(vae: RQVAEModel) -> dict:
+    """What distinguishes the latents of `vae`: their shape `(H, W, C)`, how they are stored, and a fingerprint of the
+    weights that codes depend on."""
+    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
+    fingerprint = hashlib.sha256()
+    for _, weight in sorted(vae.encoding_state_dict().items()):
+        fingerprint.update(weight.float().cpu().numpy().tobytes())
+    return {
+        "shape": [height, width, vae.config.codebook_dim],
+        "dtype": str(LATENTS_DTYPE).removeprefix("torch."),
+        "rqvae_sha256": fingerprint.hexdigest(),
+    }
+
+
+def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
+    """Latents `(B, H, W, C)` -> how each image's are stored."""
+    latents = latents.to(LATENTS_DTYPE).cpu().contiguous()
+    return [image.view(torch.uint8).numpy().tobytes() for image in latents]
+
+
+def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
+    """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+    return torch.frombuffer(bytearray().join(stored), dtype=LATENTS_DTYPE).view(-1, *shape)
+
+
+def write_latents(
+    rows: Iterator[dict], features: datasets.Features, folder: Path, prefix: str, rows_per_file: int
+) -> None:
+    """Writes rows with `latents` (bytes) and other columns to `{prefix}-00000.parquet` and so on."""
+    for number in itertools.count():
+        shard = list(itertools.islice(rows, rows_per_file))
+        if not shard:
+            return
+        datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{prefix}-{number:05d}.parquet")
+
+
+def load_latents(
+    folder: str, vae: RQVAEModel, streaming: bool = False, required_columns: tuple[str, ...] = ()
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Opens a folder of latents that were extracted with `vae`.
+
+    Raises:
+        `ValueError`: a folder without latents, latents of another RQ-VAE, or a missing column.
+    """
+    description = Path(folder, LATENTS_DESCRIPTION)
+    if not description.exists():
+        raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")
+    found, needed = json.loads(description.read_text()), describe_latents(vae)
+    if found != needed:
+        raise ValueError(
+            f"{folder} was extracted with another RQ-VAE: its {LATENTS_DESCRIPTION} says {found}, "
+            f"this RQ-VAE needs {needed}"
+        )
+    return load_image_dataset(
+        data_files=str(Path(glob.escape(folder), "*.parquet")),
+        streaming=streaming,
+        image_column="latents",
+        required_columns=required_columns,
+    )
