@@ -47,7 +47,7 @@ class ClassArguments:
 
 
 def count_classes(args: ClassArguments, dataset) -> int:
-    """Number of classes, given or declared by the data set; 0 without labels. Raises `ValueError` when it is unknown."""
+    """Number of classes, given or declared by the data set; 0 without labels. Raises `ValueError` if unknown."""
     if args.label_column is None:
         return 0
     declared = getattr((dataset.features or {}).get(args.label_column), "num_classes", None)
@@ -68,12 +68,10 @@ def main() -> None:
     num_classes = count_classes(classes, dataset)
     if num_classes:
         # One more class stands for "no class" in classifier-free guidance.
-        null_cond_id = num_classes
-        model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=null_cond_id)
+        model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
         call = "pipe(class_labels=[0, 1])"
     else:
-        null_cond_id = None
         model = args.create_model(vae)
         samples = {"num_images_per_prompt": classes.num_samples}
         call = "pipe(num_images_per_prompt=4)"
@@ -89,7 +87,7 @@ def main() -> None:
         optimizer,
         run.create_scheduler(optimizer),
         data.create_stream(accelerator, dataset, collate, run),
-        args.create_loss(vae, null_cond_id, accelerator.autocast),
+        args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
         samples=samples,
         configuration=flat_configuration(run, data, args, classes),
         **run.training_options(),

@@ -94,9 +94,8 @@ def main() -> None:
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(text.text_column,))
     tokenizer = prepare_tokenizer(accelerator, text, run, dataset)
-    null_cond_id = tokenizer.pad_token_id
     model = args.create_model(
-        vae, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=null_cond_id
+        vae, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
     )
     if run.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -113,7 +112,7 @@ def main() -> None:
         optimizer,
         run.create_scheduler(optimizer),
         data.create_stream(accelerator, dataset, collate, run),
-        args.create_loss(vae, null_cond_id, accelerator.autocast),
+        args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
         configuration=flat_configuration(run, data, args, text),
         **run.training_options(),

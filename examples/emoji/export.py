@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rq_hf import RQPipeline
-from rq_hf.training import written_whole
+from rq_hf.files import atomic_folder
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         if getattr(args, name) is not None:
             setattr(generation_config, name, getattr(args, name))
 
-    with written_whole(args.output) as folder:
+    with atomic_folder(args.output) as folder:
         pipe.to(dtype=torch.float16, silence_dtype_warnings=True).save_pretrained(folder)
         config_file = folder / "transformer" / "config.json"
         config = json.loads(config_file.read_text())
