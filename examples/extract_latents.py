@@ -12,11 +12,10 @@ Eight GPUs:
     accelerate launch --multi_gpu --num_processes 8 examples/extract_latents.py ...
 
 OUTPUT_DIR appears when everything is written: parquet files with the captions or classes and a column `latents`, the
-bytes of the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint of
-the RQ-VAE, so that another one is refused. Codes are not stored: training samples them again in every epoch.
+bytes of the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint
+of the RQ-VAE, so that another one is refused. Codes are not stored: training samples them again in every epoch.
 """
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -33,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from rq_hf import RQVAEModel
-from rq_hf.data import LATENTS_DESCRIPTION, ImageCollator, describe_latents, latents_to_bytes, write_latents
+from rq_hf.data import ImageCollator, latents_to_bytes, write_description, write_latents
 from rq_hf.training import DatasetArguments, parse_arguments
 
 
@@ -47,7 +46,7 @@ class ExtractionArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column with classes to keep."})
     mirror: bool = field(
         default=False,
-        metadata={"help": "Store every image a second time, mirrored, in place of --random_flip in training."},
+        metadata={"help": "Store every image a second time, mirrored; replaces --random_flip in training."},
     )
     batch_size: int = field(default=64, metadata={"help": "Images that each process encodes at a time."})
     rows_per_file: int = field(default=10_000, metadata={"help": "Rows per parquet file, held in memory until then."})
@@ -146,7 +145,7 @@ def main() -> None:
     if not written:
         raise ValueError(f"the data set has no images to encode ({skipped} could not be decoded)")
     if accelerator.is_main_process:
-        (unfinished / LATENTS_DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+        write_description(unfinished, vae)
         os.rename(unfinished, output_dir)
     accelerator.print(f"saved {written:,} rows in {output_dir}; {skipped:,} images could not be decoded")
     accelerator.end_training()

@@ -1,10 +1,10 @@
 from .collators import ImageCollator, LatentCollator, decode_image
 from .latents import (
-    LATENTS_DESCRIPTION,
     bytes_to_latents,
     describe_latents,
     latents_to_bytes,
     load_latents,
+    write_description,
     write_latents,
 )
 from .loading import load_image_dataset, prepare_images
@@ -12,7 +12,6 @@ from .stream import TrainingStream
 
 __all__ = [
     "ImageCollator",
-    "LATENTS_DESCRIPTION",
     "LatentCollator",
     "TrainingStream",
     "bytes_to_latents",
@@ -22,5 +21,6 @@ __all__ = [
     "load_image_dataset",
     "load_latents",
     "prepare_images",
+    "write_description",
     "write_latents",
 ]

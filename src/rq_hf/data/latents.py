@@ -16,8 +16,8 @@ import torch
 from ..models import RQVAEModel
 from .loading import load_image_dataset
 
-LATENTS_DESCRIPTION = "latents.json"
-LATENTS_DTYPE = torch.bfloat16
+DESCRIPTION = "latents.json"
+DTYPE = torch.bfloat16
 
 
 def describe_latents(vae: RQVAEModel) -> dict:
@@ -29,20 +29,20 @@ def describe_latents(vae: RQVAEModel) -> dict:
         fingerprint.update(weight.float().cpu().numpy().tobytes())
     return {
         "shape": [height, width, vae.config.codebook_dim],
-        "dtype": str(LATENTS_DTYPE).removeprefix("torch."),
+        "dtype": str(DTYPE).removeprefix("torch."),
         "rqvae_sha256": fingerprint.hexdigest(),
     }
 
 
 def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
     """Latents `(B, H, W, C)` -> how each image's are stored."""
-    latents = latents.to(LATENTS_DTYPE).cpu().contiguous()
+    latents = latents.to(DTYPE).cpu().contiguous()
     return [image.view(torch.uint8).numpy().tobytes() for image in latents]
 
 
 def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
     """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
-    return torch.frombuffer(bytearray().join(stored), dtype=LATENTS_DTYPE).view(-1, *shape)
+    return torch.frombuffer(bytearray().join(stored), dtype=DTYPE).view(-1, *shape)
 
 
 def write_latents(
@@ -56,6 +56,11 @@ def write_latents(
         datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{prefix}-{number:05d}.parquet")
 
 
+def write_description(folder: Path, vae: RQVAEModel) -> None:
+    """Marks the latents in a folder as those of `vae`."""
+    (folder / DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+
+
 def load_latents(
     folder: str, vae: RQVAEModel, streaming: bool = False, required_columns: tuple[str, ...] = ()
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -65,14 +70,13 @@ def load_latents(
     Raises:
         `ValueError`: a folder without latents, latents of another RQ-VAE, or a missing column.
     """
-    description = Path(folder, LATENTS_DESCRIPTION)
+    description = Path(folder, DESCRIPTION)
     if not description.exists():
         raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")
     found, needed = json.loads(description.read_text()), describe_latents(vae)
     if found != needed:
         raise ValueError(
-            f"{folder} was extracted with another RQ-VAE: its {LATENTS_DESCRIPTION} says {found}, "
-            f"this RQ-VAE needs {needed}"
+            f"{folder} was extracted with another RQ-VAE: its {DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
         )
     return load_image_dataset(
         data_files=str(Path(glob.escape(folder), "*.parquet")),
