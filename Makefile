@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 READY := .venv/.ready
-SOURCES := $(wildcard src examples tests benchmarks)
+SOURCES := $(wildcard src examples docs tests benchmarks)
 
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1

@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config
-from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
+from rq_hf.convert.weights import concatenate, rqtransformer_weights, rqvae_weights
 from rq_hf.models.rq_transformer.code_sampling import CodeSampler
 
 C, D = 256, 4
@@ -111,7 +111,9 @@ def transformer_sampler(case, name, reference):
         theirs = module.RQTransformer(options).eval()
         quantizations = import_reference(reference, "rqvae.quantizations")
         bottleneck = quantizations.RQBottleneck((8, 8, C), (8, 8, D), case.codebook_size, shared_codebook=True)
-        weights = {ours: joined(parts) for ours, parts in rqtransformer_weights(theirs.state_dict(), model).items()}
+        weights = {
+            ours: concatenate(parts) for ours, parts in rqtransformer_weights(theirs.state_dict(), model).items()
+        }
         model.load_state_dict(weights | {"codebook": bottleneck.codebooks[0].weight[None, :-1]}, assign=True)
 
     if name == "authors":
@@ -152,7 +154,7 @@ def vae_sampler(case, name, reference):
         with redirect_stdout(None):  # it prints the shapes
             theirs = import_reference(reference, "rqvae.rqvae").RQVAE(**hparams).eval()
         weights = rqvae_weights(theirs.state_dict(), model)
-        model.load_state_dict({ours: joined(parts) for ours, parts in weights.items()})
+        model.load_state_dict({ours: concatenate(parts) for ours, parts in weights.items()})
 
     if name == "authors":
         layers = import_reference(reference, "rqvae.layers")

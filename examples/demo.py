@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from rq_hf import EMOJI_MODEL, RQPipeline
+from rq_hf.images import captioned_grid
 
 PROMPTS = [
     "fire engine",
@@ -33,35 +33,6 @@ PROMPTS = [
     "mage",
     "strawberry",
 ]
-
-
-def captioned_grid(images: list[Image.Image], captions: list[str], columns: int = 4, scale: int = 2) -> Image.Image:
-    """Pictures, enlarged, with their captions below."""
-    font = ImageFont.load_default(13)
-    width, height = (scale * side for side in images[0].size)
-    cell_width, cell_height = max(width + 24, 176), height + 48
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        left, top = i % columns * cell_width, i // columns * cell_height
-        canvas.paste(
-            image.resize((width, height), Image.Resampling.LANCZOS), (left + (cell_width - width) // 2, top + 8)
-        )
-        text = wrap(caption, font, cell_width - 8)
-        draw.multiline_text(
-            (left + cell_width // 2, top + height + 12), text, "black", font, anchor="ma", align="center"
-        )
-    return canvas
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Breaks `text` between words into lines no wider than `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -14,12 +14,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo import captioned_grid
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from rq_hf import EMOJI_MODEL, RQPipeline
-from rq_hf.images import to_rgb
+from rq_hf.images import captioned_grid, to_rgb
 
 
 def load_pictures(folder: Path, pipe: RQPipeline) -> dict[str, Image.Image]:

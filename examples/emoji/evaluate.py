@@ -1,11 +1,11 @@
-"""Measure a text-to-emoji pipeline: reconstruction, codebook usage, and retrieval.
+"""Evaluate a text-to-emoji pipeline: reconstruction, codebook usage, and retrieval.
 
     python examples/emoji/evaluate.py --data data/emoji --output runs/emoji-figures.json
 
-Reconstruction: PSNR of every picture against its reconstruction, averaged over the pictures.
-Retrieval: one picture is drawn per caption, and all real pictures are ranked by their pixel L2 distance to it; rank 1
-means that no real picture is nearer than the right one (a few captions share one picture). 300 training captions, and
-all held-out ones: combinations of words the model has never seen together.
+Reconstruction: mean over the images of the PSNR of each reconstruction.
+Retrieval: one image is sampled for each caption, and all real images are ranked by their L2 distance to it in pixels.
+Rank 1 means that no real image is closer than that of the caption (a few captions share one image). Evaluated on 300
+training captions and on all held-out captions, whose combinations of words are not in the training split.
 """
 
 import argparse
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 
 from rq_hf import EMOJI_MODEL, RQPipeline
-from rq_hf.metrics import codebook_health, count_codes, psnr
+from rq_hf.metrics import codebook_usage, count_codes, psnr
 
 
 def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
-    """Captions and pictures `(N, 3, 64, 64)` in [0, 1] of a parquet file."""
+    """Captions and images `(N, 3, 64, 64)` in [0, 1] of a parquet file."""
     data = datasets.load_dataset("parquet", data_files=str(path), split="train")
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in data["image"]])
     return list(data["text"]), torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def reconstruction(pipe: RQPipeline, pictures: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Mean PSNR in dB, and how often each code occurs at each depth `(D, K)`."""
+def reconstruction(pipe: RQPipeline, images: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Mean PSNR in dB, and counts of the codes at each depth `(D, K)`."""
     quality, counts = [], 0
-    for batch in pictures.split(64):
+    for batch in images.split(64):
         codes = pipe.encode_image(batch)
         decoded = pipe.decode_codes(codes, output_type="pt")
         quality.append(psnr(batch * 2 - 1, decoded * 2 - 1))
@@ -39,49 +39,49 @@ def reconstruction(pipe: RQPipeline, pictures: torch.Tensor) -> tuple[float, tor
 
 
 def retrieval_ranks(
-    pipe: RQPipeline, captions: list[str], right: torch.Tensor, candidates: torch.Tensor, seed: int, **sampling
+    pipe: RQPipeline, captions: list[str], expected: torch.Tensor, candidates: torch.Tensor, seed: int, **sampling
 ) -> torch.Tensor:
-    """Rank, from 1, of the right picture among the candidates by distance to the drawn one. `(len(captions),)`"""
+    """Ranks `(len(captions),)` from 1 of the expected images among the candidates, by distance to the sampled ones."""
     generator = torch.Generator().manual_seed(seed)
     ranks = []
     for start in range(0, len(captions), 64):
         rows = slice(start, start + 64)
-        drawn = pipe(captions[rows], generator=generator, output_type="pt", **sampling).images
-        distances = torch.cdist(drawn.flatten(1), candidates.flatten(1))
-        nearest_right = torch.linalg.vector_norm((drawn - right[rows]).flatten(1), dim=1)
-        # A tolerance, because the two ways to compute a distance round differently.
-        ranks.append(1 + (distances < nearest_right[:, None] * (1 - 1e-4)).sum(dim=1))
+        sampled = pipe(captions[rows], generator=generator, output_type="pt", **sampling).images
+        distances = torch.cdist(sampled.flatten(1), candidates.flatten(1))
+        expected_distance = torch.linalg.vector_norm((sampled - expected[rows]).flatten(1), dim=1)
+        # With a tolerance, because cdist and vector_norm round differently.
+        ranks.append(1 + (distances < expected_distance[:, None] * (1 - 1e-4)).sum(dim=1))
     return torch.cat(ranks)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMOJI_MODEL, help="pipeline to measure")
+    parser.add_argument("--model", default=EMOJI_MODEL, help="folder or Hub id of the pipeline")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder written by make_dataset.py")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--captions", type=int, default=300, help="training captions to draw")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of captions and of the sampling")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--captions", type=int, default=300, help="number of training captions")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the choice of captions and for sampling")
     for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("guidance_scale", float)):
         parser.add_argument(f"--{name}", type=kind, help="default: the model's own")
-    parser.add_argument("--greedy", action="store_true", help="take the most likely code each time")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely code")
     args = parser.parse_args()
     sampling = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "guidance_scale")}
     sampling["do_sample"] = False if args.greedy else None
 
     pipe = RQPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    train_captions, train_pictures = load_split(args.data / "train.parquet")
-    held_captions, held_pictures = load_split(args.data / "held_out.parquet")
-    candidates = torch.cat([train_pictures, held_pictures])
+    train_captions, train_images = load_split(args.data / "train.parquet")
+    held_captions, held_images = load_split(args.data / "held_out.parquet")
+    candidates = torch.cat([train_images, held_images])
 
-    train_psnr, counts = reconstruction(pipe, train_pictures)
-    held_psnr, _ = reconstruction(pipe, held_pictures)
-    health = codebook_health(counts)
+    train_psnr, counts = reconstruction(pipe, train_images)
+    held_psnr, _ = reconstruction(pipe, held_images)
+    codebook = codebook_usage(counts)
     chosen = torch.randperm(len(train_captions), generator=torch.Generator().manual_seed(args.seed))[: args.captions]
     train_ranks = retrieval_ranks(
-        pipe, [train_captions[i] for i in chosen], train_pictures[chosen], candidates, args.seed, **sampling
+        pipe, [train_captions[i] for i in chosen], train_images[chosen], candidates, args.seed, **sampling
     )
-    held_ranks = retrieval_ranks(pipe, held_captions, held_pictures, candidates, args.seed, **sampling)
+    held_ranks = retrieval_ranks(pipe, held_captions, held_images, candidates, args.seed, **sampling)
 
     own = pipe.transformer.generation_config
     figures = {
@@ -89,8 +89,8 @@ def main() -> None:
         "seed": args.seed,
         "psnr_train": train_psnr,
         "psnr_held_out": held_psnr,
-        "usage_per_depth": health["usage"].tolist(),
-        "perplexity_per_depth": health["perplexity"].tolist(),
+        "usage_per_depth": codebook["usage"].tolist(),
+        "perplexity_per_depth": codebook["perplexity"].tolist(),
         "candidates": len(candidates),
         "train_captions": len(train_ranks),
         "train_top1": (train_ranks <= 1).float().mean().item(),

@@ -1,11 +1,10 @@
-"""Turn a trained pipeline into the small one that is published: half-precision files and default sampling settings.
+"""Export a trained pipeline for publication: half-precision files, default sampling settings and a model card.
 
     python examples/emoji/export.py --pipeline runs/emoji/pipeline --average_with runs/emoji-soft/pipeline \\
         --average_weight 0.2 --output src/rq_hf/emoji_model --card model_cards/emoji.md --temperature 0.2
 
-Weights are stored in half precision and computed with in single precision when loaded. The transformer may be averaged
-with one that was fine-tuned from it, which gives something of both (Wortsman et al., "Robust fine-tuning of
-zero-shot models", 2022).
+Weights are stored in float16 and loaded as float32. The transformer can be averaged with one that was fine-tuned from
+it (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
 """
 
 import argparse
@@ -23,8 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="folder of the trained pipeline")
     parser.add_argument("--average_with", type=Path, help="folder of a pipeline that was fine-tuned from it")
-    parser.add_argument("--average_weight", type=float, default=0.5, help="share of that one's weights")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--average_weight", type=float, default=0.5, help="weight of --average_with in the average, in [0, 1]"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="new folder to write to")
     parser.add_argument("--card", type=Path, help="model card, copied to README.md")
     parser.add_argument("--temperature", type=float, help="default temperature")
     parser.add_argument("--top_k", type=int, help="default top-k")

@@ -1,36 +1,29 @@
-"""usage: python make_dataset.py [--output_dir DIR] [--font FILE] [--font_size N] [--image_size N]
+"""Render a colour emoji font into a data set of captioned images, with a held-out split of caption combinations.
 
-Render a colour emoji font into a data set of captioned pictures, with a held-out split of caption combinations.
+    python examples/emoji/make_dataset.py
+    python examples/emoji/make_dataset.py --output_dir data/emoji-32 --image_size 32
 
-Each fully-qualified emoji that the font draws as a single glyph becomes one RGB picture on white. Its caption is the
-English name in the `emoji` package, for example "woman astronaut medium skin tone". Lone skin tones and hair styles
-are not fully-qualified emoji and get no picture. Left out and counted:
+Each fully-qualified emoji that the font has as a single glyph becomes one RGB image on white. Its caption is the
+English name in the `emoji` package, for example "woman astronaut medium skin tone". Skin tones and hair styles on
+their own are not fully-qualified emoji and get no image. Left out and counted:
 
   missing      the font has no glyph for it
-  not joined   the font draws the sequence as several glyphs side by side
-  tone unseen  a skin tone that leaves the picture the same as without it
+  not joined   the font shows the sequence as several glyphs side by side
+  tone unseen  a skin tone that does not change the image
 
-Two files are written, with the columns `image` and `text`: DIR/train.parquet and DIR/held_out.parquet. The held-out
-captions are skin-tone variants, spread over the emoji that have them. Every word of theirs occurs in training
-captions, and the same emoji in other skin tones stays in training. The same font and library versions give the same
-files.
+OUTPUT_DIR gets two files with the columns `image` and `text`, train.parquet and held_out.parquet; an older folder is
+kept as `previous-...`. The held-out captions are skin-tone variants, spread over the emoji that have them. Each of
+their words occurs in training captions, and the same emoji in other skin tones stays in the training split. The same
+versions of the font and the libraries give the same files.
 
-options:
-  --output_dir DIR   folder to write to (default: data/emoji)
-  --font FILE        colour font with bitmap strikes (default: Noto Color Emoji where the Debian package
-                     fonts-noto-color-emoji installs it)
-  --font_size N      size of a bitmap strike of the font (default: 109, the only one of Noto Color Emoji)
-  --image_size N     height and width of the pictures in pixels (default: 64)
-  -h, --help         print this text
-
-needs: pip install datasets emoji pillow
+Needs `pip install emoji` and a Pillow with raqm.
 """
 
 import argparse
 import io
-import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import emoji
@@ -38,47 +31,21 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont, features
 
+from rq_hf.files import atomic_folder
+
 NOTO = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 ONE_GLYPH = "\N{GRINNING FACE}"
-NO_GLYPH = "\U0010ffff"  # a noncharacter, which every font draws as a missing glyph
+NO_GLYPH = "\U0010ffff"  # a noncharacter, shown by every font as its missing glyph
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
 HOLD_OUT_EVERY = 11  # shares no factor with the 5 skin tones, so that all tones are held out equally often
 FEWEST_VARIANTS = 4
 
 
-def main():
-    args = parse_args()
-    pictures, left_out = render_all(load_font(args.font, args.font_size), args.image_size)
-    train, held_out = split_captions(pictures)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_parquet(args.output_dir / "train.parquet", train, pictures)
-    write_parquet(args.output_dir / "held_out.parquet", held_out, pictures)
-
-    words = [caption.split() for caption in pictures]
-    print(f"pictures: {len(pictures)} ({len(train)} train, {len(held_out)} held out)")
-    for reason, count in left_out.items():
-        print(f"left out, {reason}: {count}")
-    print(f"most words in a caption: {max(map(len, words))}")
-    print(f"distinct words: {len(set().union(*words))}")
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(usage=__doc__.splitlines()[0].removeprefix("usage: "))
-    parser.format_help = lambda: __doc__
-    parser.add_argument("--output_dir", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--font", type=Path, default=Path(NOTO))
-    parser.add_argument("--font_size", type=int, default=109)
-    parser.add_argument("--image_size", type=int, default=64)
-    args = parser.parse_args()
-    if args.image_size < 1:
-        raise ValueError(f"--image_size must be at least 1, got {args.image_size}")
-    return args
-
-
-def load_font(path, size):
+def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    """Raises `ValueError` or `FileNotFoundError` unless this Pillow can render emoji of this size with the font."""
     if not features.check("raqm"):
         raise ValueError(
-            "This Pillow has no raqm layout, which joins emoji sequences: install a Pillow wheel from PyPI and the "
+            "This Pillow lacks the raqm layout, which joins emoji sequences: install a Pillow wheel from PyPI and the "
             "fribidi library (Debian package libfribidi0)"
         )
     if not Path(path).is_file():
@@ -92,14 +59,14 @@ def load_font(path, size):
             f"Cannot load {path} at size {size} ({error}): --font takes a font file with bitmap strikes, "
             "--font_size the size of one of its strikes (109 for Noto Color Emoji)"
         ) from error
-    red, _, blue = draw(font, ONE_GLYPH, 64).split()
+    red, _, blue = render(font, ONE_GLYPH, 64).split()
     if red.tobytes() == blue.tobytes():
-        raise ValueError(f"{path} does not draw {ONE_GLYPH} in colour: --font takes a colour emoji font")
+        raise ValueError(f"{path} does not show {ONE_GLYPH} in colour: --font takes a colour emoji font")
     return font
 
 
-def emoji_by_caption():
-    """The fully-qualified emoji as {caption: sequence}, in the order of the captions."""
+def emoji_by_caption() -> dict[str, str]:
+    """Caption -> sequence of all fully-qualified emoji, sorted by caption."""
     fully_qualified = emoji.STATUS["fully_qualified"]
     return {
         entry["en"].strip(":").replace("_", " "): sequence
@@ -108,47 +75,47 @@ def emoji_by_caption():
     }
 
 
-def render_all(font, image_size):
-    """Returns ({caption: picture}, {reason: number of emoji left out})."""
+def render_all(font: ImageFont.FreeTypeFont, image_size: int) -> tuple[dict[str, Image.Image], dict[str, int]]:
+    """Caption -> image, and reason -> number of emoji left out."""
     widest = 1.5 * font.getlength(ONE_GLYPH)
-    missing = draw(font, NO_GLYPH, image_size)
-    pictures, left_out = {}, Counter({"missing": 0, "not joined": 0, "tone unseen": 0})
+    missing = render(font, NO_GLYPH, image_size)
+    images, left_out = {}, Counter({"missing": 0, "not joined": 0, "tone unseen": 0})
     for caption, sequence in emoji_by_caption().items():
         if font.getlength(sequence) > widest:
             left_out["not joined"] += 1
             continue
-        picture = draw(font, sequence, image_size)
-        if picture == missing:
+        image = render(font, sequence, image_size)
+        if image == missing:
             left_out["missing"] += 1
         else:
-            pictures[caption] = picture
+            images[caption] = image
 
-    unseen = [c for c in pictures if c != without_tone(c) and pictures[c] == pictures.get(without_tone(c))]
+    unseen = [c for c in images if c != without_tone(c) and images[c] == images.get(without_tone(c))]
     for caption in unseen:
-        del pictures[caption]
+        del images[caption]
     left_out["tone unseen"] = len(unseen)
-    return pictures, left_out
+    return images, left_out
 
 
-def draw(font, sequence, image_size):
-    """The whole bitmap of the glyph, not only its ink, is centred: small emoji stay small."""
+def render(font: ImageFont.FreeTypeFont, sequence: str, image_size: int) -> Image.Image:
+    """The image of an emoji. The bitmap of the glyph is centred with its margins, so that small emoji stay small."""
     left, top, right, bottom = font.getbbox(sequence)
     side = max(right - left, bottom - top, 1)
     corner = ((side - right - left) // 2, (side - bottom - top) // 2)
-    picture = Image.new("RGB", (side, side), "white")
-    ImageDraw.Draw(picture).text(corner, sequence, font=font, embedded_color=True)
-    return picture.resize((image_size, image_size), Image.Resampling.LANCZOS)
+    image = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(image).text(corner, sequence, font=font, embedded_color=True)
+    return image.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
-def without_tone(caption):
+def without_tone(caption: str) -> str:
     return SKIN_TONE.sub("", caption)
 
 
-def split_captions(captions):
-    """Returns (train, held_out), both sorted.
+def split_captions(captions: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Training and held-out captions, both sorted.
 
-    Every eleventh skin-tone variant is held out, of emoji with at least four variants. At most one in four variants
-    of an emoji goes, so at least three stay in training, and with them each word of the emoji's name. Pairs of skin
+    Every eleventh skin-tone variant of the emoji with at least four variants is held out: at most one in four variants
+    of an emoji. At least three stay in the training split, and with them each word of the emoji's name. Pairs of skin
     tones count as variants of the same emoji.
     """
     captions = sorted(captions)
@@ -161,17 +128,50 @@ def split_captions(captions):
     return [c for c in captions if c not in held_out], sorted(held_out)
 
 
-def write_parquet(path, captions, pictures):
-    columns = {"image": [{"bytes": png(pictures[c]), "path": None} for c in captions], "text": captions}
-    beside = path.with_suffix(".partial")
-    Dataset.from_dict(columns, Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(beside)
-    os.replace(beside, path)
+def write_parquet(path: Path, captions: list[str], images: dict[str, Image.Image]) -> None:
+    columns = {"image": [{"bytes": png(images[c]), "path": None} for c in captions], "text": captions}
+    Dataset.from_dict(columns, Features({"image": ImageFeature(), "text": Value("string")})).to_parquet(path)
 
 
-def png(picture):
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("data/emoji"), help="default: data/emoji")
+    parser.add_argument(
+        "--font",
+        type=Path,
+        default=Path(NOTO),
+        help="colour font with bitmap strikes; default: Noto Color Emoji as installed by the Debian package "
+        "fonts-noto-color-emoji",
+    )
+    parser.add_argument(
+        "--font_size",
+        type=int,
+        default=109,
+        help="size of a bitmap strike of the font; default: 109, the only one of Noto Color Emoji",
+    )
+    parser.add_argument("--image_size", type=int, default=64, help="height and width of the images; default: 64")
+    args = parser.parse_args()
+    if args.image_size < 1:
+        raise ValueError(f"--image_size must be at least 1, got {args.image_size}")
+
+    images, left_out = render_all(load_font(args.font, args.font_size), args.image_size)
+    train, held_out = split_captions(images)
+    with atomic_folder(args.output_dir) as folder:
+        write_parquet(folder / "train.parquet", train, images)
+        write_parquet(folder / "held_out.parquet", held_out, images)
+
+    words = [caption.split() for caption in images]
+    print(f"images: {len(images)} ({len(train)} train, {len(held_out)} held out)")
+    for reason, count in left_out.items():
+        print(f"left out, {reason}: {count}")
+    print(f"most words in a caption: {max(map(len, words))}")
+    print(f"distinct words: {len(set().union(*words))}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Pictures as PIL images and as pixels."""
+"""Images as PIL images and as pixels."""
 
 import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture -> RGB, turned upright as its EXIF tag says; transparent parts become white."""
+    """Any image -> RGB, rotated as its EXIF orientation says; transparent parts become white."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -20,11 +20,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> torch.Tensor:
     """
-    RGB image -> `(3, resolution, resolution)` in [-1, 1], resized with bilinear filtering as the authors do.
+    RGB image -> `(3, resolution, resolution)` in [-1, 1], resized with bilinear filtering as by the authors.
 
     Args:
-        center_crop: resize the shorter side and keep the middle (their image and class models); otherwise the picture
-            is squeezed into the square (their text models).
+        center_crop: resize the shorter side and crop the centre (their unconditional and class-conditional models);
+            otherwise resize to the square without keeping the aspect ratio (their text-to-image models).
     """
     width, height = (resolution * side // min(image.size) if center_crop else resolution for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -34,7 +34,11 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
 
 
 def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
-    """Pictures `(B, 3, height, width)` in [0, 1] -> one picture with rows of `columns`."""
+    """
+    Images `(B, 3, height, width)` in [0, 1] -> one image with rows of `columns`.
+
+    Unlike `diffusers.utils.make_image_grid`, it takes tensors and leaves the rest of an incomplete row white.
+    """
     batch_size, channels, height, width = images.shape
     rows = math.ceil(batch_size / columns)
     canvas = torch.ones(rows * columns, channels, height, width)
@@ -42,3 +46,33 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     canvas = canvas.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     canvas = canvas.reshape(rows * height, columns * width, channels)
     return Image.fromarray((canvas * 255).round().byte().numpy())
+
+
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int = 4, scale: int = 2) -> Image.Image:
+    """Images of the same size, enlarged `scale` times, with their captions below -> one image."""
+    font = ImageFont.load_default(13)
+    width, height = (scale * side for side in images[0].size)
+    cell_width, cell_height = max(width + 24, 176), height + 48
+    rows = -(-len(images) // columns)
+    canvas = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = i % columns * cell_width, i // columns * cell_height
+        canvas.paste(
+            image.resize((width, height), Image.Resampling.LANCZOS), (left + (cell_width - width) // 2, top + 8)
+        )
+        text = wrap(caption, font, cell_width - 8)
+        draw.multiline_text(
+            (left + cell_width // 2, top + height + 12), text, "black", font, anchor="ma", align="center"
+        )
+    return canvas
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Breaks `text` between words into lines of at most `width` pixels, except for wider words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        fits = not lines[-1] or font.getlength(longer) <= width
+        lines = [*lines[:-1], longer] if fits else [*lines, word]
+    return "\n".join(lines)

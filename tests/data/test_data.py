@@ -142,87 +142,11 @@ class TestLoadImages:
 
 
 class TestDecodeImage:
-    @pytest.mark.parametrize(
-        ("mode", "color", "rgb"),
-        [
-            ("RGB", (200, 30, 60), (200, 30, 60)),
-            ("L", 100, (100, 100, 100)),
-            ("1", 1, (255, 255, 255)),
-            ("I;16", 32896, (128, 128, 128)),
-            ("LA", (100, 255), (100, 100, 100)),
-            ("LA", (100, 0), (255, 255, 255)),
-            ("RGBA", (200, 30, 60, 255), (200, 30, 60)),
-            ("RGBA", (200, 30, 60, 0), (255, 255, 255)),
-            ("RGBA", (0, 0, 0, 51), (204, 204, 204)),
-        ],
-    )
-    def test_makes_rgb_with_white_where_it_is_transparent(self, mode, color, rgb):
-        image = decode_image(encoded(Image.new(mode, (2, 3), color)))
-        assert (image.mode, image.size) == ("RGB", (2, 3))
-        assert image.getpixel((1, 2)) == rgb
-
-    def test_looks_up_palettes(self):
-        image = Image.new("P", (2, 1))
-        image.putpalette([10, 20, 30, 200, 100, 50])
-        image.putpixel((1, 0), 1)
-        assert list(decode_image(encoded(image)).get_flattened_data()) == [(10, 20, 30), (200, 100, 50)]
-        assert list(decode_image(encoded(image, transparency=0)).get_flattened_data()) == [
-            (255, 255, 255),
-            (200, 100, 50),
-        ]
-
-    def test_converts_cmyk(self):
-        image = decode_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
-        assert image.getpixel((4, 4)) == (255, 0, 0)
-
-    def test_turns_photographs_upright(self):
-        exif = Image.Exif()
-        exif[0x112] = 6  # orientation: the camera was turned by 90°
-        assert decode_image(encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)).size == (10, 20)
-
     def test_takes_pil_images_and_paths(self, tmp_path):
         image = draw_shape(0, 16)
         image.save(tmp_path / "shape.png")
         assert decode_image(image).tobytes() == image.tobytes()
         assert decode_image({"bytes": None, "path": str(tmp_path / "shape.png")}).tobytes() == image.tobytes()
-
-
-class TestToPixels:
-    def test_keeps_pixels_of_a_picture_that_fits(self):
-        image = draw_shape(0, 16)
-        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        assert torch.equal(((to_pixels(image, 16) + 1) * 127.5).round().byte(), expected)
-
-    def test_spans_minus_one_to_one(self):
-        assert to_pixels(Image.new("RGB", (4, 4), "black"), 4).unique().tolist() == [-1]
-        assert to_pixels(Image.new("RGB", (4, 4), "white"), 4).unique().tolist() == [1]
-
-    @pytest.mark.parametrize("size", [(16, 16), (17, 16), (16, 33), (3, 200), (201, 8), (1, 1), (100, 99)])
-    def test_is_square_whatever_the_size(self, size):
-        pixels = to_pixels(Image.new("RGB", size, (255, 0, 0)), 16)
-        assert pixels.shape == (3, 16, 16)
-        assert pixels[0].unique().tolist() == [1]
-        assert pixels[1:].unique().tolist() == [-1]
-
-    @pytest.mark.parametrize("upright", [False, True])
-    def test_cuts_out_the_centre(self, upright):
-        image = Image.new("RGB", (48, 16), "red")
-        image.paste("lime", (16, 0, 32, 16))
-        image = image.transpose(Image.Transpose.ROTATE_90) if upright else image
-        assert torch.equal(to_pixels(image, 16), to_pixels(Image.new("RGB", (16, 16), "lime"), 16))
-
-    def test_averages_pixels_bilinearly(self):
-        image = Image.new("L", (4, 4), "black")
-        image.paste("white", (0, 0, 2, 4))
-        pixels = to_pixels(image.convert("RGB"), 2)
-        expected = torch.tensor([6 / 7, 1 / 7]).expand(3, 2, 2) * 2 - 1  # a triangle filter: (3 + 3) / (3 + 3 + 1)
-        torch.testing.assert_close(pixels, expected, atol=0.01, rtol=0)
-
-    def test_resizes_the_shorter_side(self):
-        image = Image.new("RGB", (96, 32), "red")
-        image.paste("lime", (32, 0, 64, 32))
-        pixels = to_pixels(image, 8)
-        assert torch.equal(pixels[:, :, 1:-1], to_pixels(Image.new("RGB", (8, 8), "lime"), 8)[:, :, 1:-1])
 
 
 class TestCollator:

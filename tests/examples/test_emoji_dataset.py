@@ -132,7 +132,7 @@ def test_rendered_data_set(rendered, tmp_path):
     check_split(train, held_out)
     captions = train + held_out
     assert len(captions) == len(set(captions)) > 3600
-    assert f"pictures: {len(captions)} " in printed
+    assert f"images: {len(captions)} " in printed
     assert all(f"left out, {reason}: " in printed for reason in ("missing", "not joined", "tone unseen"))
 
     for row in data["held_out"]:
@@ -164,6 +164,6 @@ def test_sequences_that_do_not_join_are_counted(monkeypatch):
     }
     monkeypatch.setattr(make_dataset, "emoji_by_caption", lambda: sequences)
     font = make_dataset.load_font(make_dataset.NOTO, 109)
-    pictures, left_out = make_dataset.render_all(font, 16)
-    assert list(pictures) == ["ear"]
+    images, left_out = make_dataset.render_all(font, 16)
+    assert list(images) == ["ear"]
     assert left_out == {"missing": 1, "not joined": 1, "tone unseen": 1}

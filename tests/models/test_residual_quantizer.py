@@ -1,4 +1,3 @@
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import two_process_quantizer
 from tiny import LargestTensor
 
 from rq_hf import ResidualQuantizer
-from rq_hf.metrics import codebook_health, count_codes
+from rq_hf.metrics import count_codes
 from rq_hf.models.rq_vae import nearest_codes
 from rq_hf.models.rq_vae.nearest_codes import soft_targets
 
@@ -347,19 +346,6 @@ def test_an_update_never_holds_all_distances():
         quantizer(z)
     all_distances = 4 * num_vectors * codebook_size
     assert 4 * num_vectors * channels <= largest.bytes <= all_distances / 8
-
-
-def test_counts_of_codes_per_depth():
-    codes = torch.tensor([[[0, 0], [0, 1]], [[2, 1], [0, 3]]])
-    assert count_codes(codes, 4).tolist() == [[3, 0, 1, 0], [1, 2, 0, 1]]
-
-
-def test_health_of_a_codebook():
-    health = codebook_health(torch.tensor([[3, 0, 1, 0], [1, 1, 1, 1], [0, 5, 0, 0], [0, 0, 0, 0]]))
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    torch.testing.assert_close(health["usage"], torch.tensor([0.5, 1.0, 0.25, 0.0]))
-    torch.testing.assert_close(health["perplexity"], torch.tensor([math.exp(entropy), 4.0, 1.0, 1.0]))
-    assert health["dead_codes"].tolist() == [2, 0, 3, 4]
 
 
 @pytest.mark.parametrize("method", ["__call__", "get_codes", "get_soft_codes"])

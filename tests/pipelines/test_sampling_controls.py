@@ -2,13 +2,9 @@
 
 import pytest
 import torch
-from tiny import CALLS, HEIGHT, WIDTH, D, H, T, W, kinds, tiny_codes, tiny_pipeline, tiny_tokenizer
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
+from tiny import CALLS, HEIGHT, WIDTH, D, H, T, W, kinds, tiny_codes, tiny_pipeline
 
 from rq_hf import RQPipeline
-from rq_hf.metrics.scorers import IMAGENET_MEAN, IMAGENET_STD, ClassifierScorer, CLIPScorer
-
-TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def brightness(images, conditions):
@@ -87,30 +83,6 @@ class TestCandidates:
     def test_scores_that_are_none_are_an_error(self, score):
         with pytest.raises(ValueError, match="scorer must return a number for each of 2 pictures"):
             tiny_pipeline()(num_candidates=2, scorer=lambda images, conditions: score)
-
-    def test_classifier(self):
-        model = ViTForImageClassification(ViTConfig(**TINY, image_size=8, patch_size=4, num_labels=5))
-        images, labels = torch.rand(3, 3, 8, 8), [4, 0, 2]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        expected = model.eval()((images - mean) / std).logits.log_softmax(dim=-1)[range(3), labels]
-        torch.testing.assert_close(ClassifierScorer(model, image_size=8)(images, labels), expected)
-        pipe = tiny_pipeline("class")
-        out = pipe(class_labels=[0, 3], num_candidates=3, scorer=ClassifierScorer(model, image_size=8))
-        assert len(out.images) == 2
-
-    def test_clip(self):
-        tokenizer = tiny_tokenizer()
-        text = {**TINY, "vocab_size": len(tokenizer), "max_position_embeddings": 8, "pad_token_id": 0}
-        config = CLIPConfig(text_config=text, vision_config={**TINY, "image_size": 8, "patch_size": 4})
-        scorer = CLIPScorer(CLIPModel(config), tokenizer)
-        images, prompts = torch.rand(3, 3, 20, 12), ["red", "red apple", "fire engine"]
-        scores = scorer(images, prompts)
-        assert scores.shape == (3,)
-        assert (scores.abs() <= 1).all()
-        alone = torch.cat([scorer(images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
-        torch.testing.assert_close(scores, alone)
-        assert not torch.allclose(scores, scorer(images, prompts[::-1]))
-        assert len(tiny_pipeline("text")("red apple", num_candidates=3, scorer=scorer).images) == 1
 
 
 class TestNegativePrompt:

@@ -14,8 +14,6 @@ from tiny import tiny_pixels, tiny_vae
 from torch import nn
 
 from rq_hf.data import Collator, TrainingStream, prepare_images
-from rq_hf.metrics import frechet_distance, psnr
-from rq_hf.metrics.lpips import LPIPS, WIDTHS
 from rq_hf.training import OptimizationArguments, create_accelerator, train
 from rq_hf.training.adversarial import Adversary, PatchDiscriminator, adaptive_weight
 
@@ -95,48 +93,6 @@ class TestAdversary:
     def test_refuses(self, make, message):
         with pytest.raises(ValueError, match=message):
             make()
-
-
-class TestLPIPS:
-    def test_is_zero_for_equal_pictures_and_grows_with_the_difference(self):
-        torch.manual_seed(0)
-        lpips, pixels, noise = LPIPS(), torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 32, 32)
-        for head in lpips.heads:
-            head.weight.abs_()
-        distances = [lpips(pixels, pixels + scale * noise).mean().item() for scale in (0, 0.05, 0.5)]
-        assert distances[0] == 0 and distances[0] < distances[1] < distances[2]
-
-    def test_computes_in_single_precision_under_autocast(self):
-        lpips, pixels = LPIPS(), torch.rand(1, 3, 32, 32)
-        expected = lpips(pixels, -pixels)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(lpips(pixels, -pixels), expected)
-
-    def test_names_what_a_file_lacks(self, tmp_path):
-        torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
-        torch.save({f"lin{i}.model.1.weight": torch.zeros(1, w, 1, 1) for i, w in enumerate(WIDTHS)}, tmp_path / "h")
-        with pytest.raises(ValueError, match="vgg.pth lacks features.0.bias and 24 more of 26 weights"):
-            LPIPS.from_pretrained(str(tmp_path / "vgg.pth"), str(tmp_path / "h"))
-        with pytest.raises(ValueError, match="missing.pth is neither a file nor user/repository/file on the Hub"):
-            LPIPS.from_pretrained("missing.pth", str(tmp_path / "h"))
-
-
-class TestMetrics:
-    def test_psnr_is_that_of_the_8_bit_images(self):
-        level = 1 / 127.5
-        black = torch.full((2, 3, 4, 4), -1.0)
-        brighter = black + torch.tensor([1.0, 2.0])[:, None, None, None] * level
-        torch.testing.assert_close(psnr(black, brighter), 20 * torch.log10(torch.tensor([255.0, 255.0 / 2])))
-        torch.testing.assert_close(psnr(black, black + 0.4 * level), torch.full((2,), 100.0))
-        torch.testing.assert_close(psnr(black, black - 7), torch.full((2,), 100.0))
-
-    def test_frechet_distance_of_shifted_and_scaled_gaussians(self):
-        features = torch.randn(2000, 3, dtype=torch.double)
-        assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-        assert frechet_distance(features, features + 2) == pytest.approx(12)
-        scaled = frechet_distance(features, 3 * features)
-        mean, covariance = features.mean(dim=0), features.T.cov()
-        assert scaled == pytest.approx(4 * (mean.square().sum() + covariance.trace()).item())
 
 
 class Exploding(nn.Module):

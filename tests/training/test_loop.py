@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rq_hf import ResidualQuantizer
-from rq_hf.images import image_grid
 from rq_hf.training import (
     JSONLinesTracker,
     OptimizationArguments,
@@ -143,20 +142,6 @@ class TestCreateOptimizer:
         args = OptimizationArguments("somewhere", learning_rate=0.25, adam_beta1=0.5, adam_beta2=0.75)
         group = create_optimizer(nn.Linear(1, 1), args).param_groups[0]
         assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
-
-
-class TestImageGrid:
-    def test_places_pictures_row_by_row_and_leaves_the_rest_white(self):
-        shades = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8])
-        grid = image_grid(shades[:, None, None, None].expand(5, 3, 2, 4), columns=3)
-        assert grid.size == (12, 4)
-        corners = [grid.getpixel((column * 4 + 3, row * 2 + 1)) for row in range(2) for column in range(3)]
-        assert corners == [(shade, shade, shade) for shade in (0, 51, 102, 153, 204, 255)]
-
-    def test_keeps_pixels_and_clamps(self):
-        picture = torch.tensor([[[[-1.0, 0.5]], [[1.0, 0.0]], [[0.2, 3.0]]]])
-        grid = image_grid(picture)
-        assert (grid.getpixel((0, 0)), grid.getpixel((1, 0))) == ((0, 255, 51), (128, 0, 255))
 
 
 class TestTrain:

@@ -1,4 +1,4 @@
-"""The authors' checkpoints -> ours: `python -m rq_hf.convert --help`."""
+"""Converter of the authors' checkpoints: `python -m rq_hf.convert --help`."""
 
 from .conversion import convert_original_checkpoint, single_file_config, single_file_weights
 

@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .conversion import convert_original_checkpoint
+from .card import summary
+from .conversion import convert_checkpoints
 
 EPILOG = """\
 examples:
@@ -20,12 +21,12 @@ files:
   SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
                     stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
   DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and a model card,
-                    README.md; of an RQ-VAE alone its config.json and weights. It appears when all is written.
-  --tokenizer       *vocab.json and *merges.txt, one of each; or all of those in the authors' repository, where
-                    config.yaml tells which
+                    README.md; for an RQ-VAE alone, its config.json and weights. It appears only when it is complete.
+  --tokenizer       one *vocab.json and one *merges.txt; or the authors' folder with several pairs, one of which
+                    config.yaml names
 
 Disk: an archive is unpacked beside DESTINATION and removed afterwards. Memory: at most the checkpoint plus 2 GB.
-Only tensors are read from .pt files; nothing in them is executed, and archives cannot write outside of themselves.
+Only tensors are read from .pt files. No code in them is executed, and archives cannot write outside their folder.
 
 The released weights are under CC BY-NC-SA 4.0: no commercial use.
 """
@@ -44,13 +45,13 @@ def main() -> None:
     parser.add_argument("--rqvae", type=Path, metavar="FILE", help=".pt file of the RQ-VAE, config.yaml beside it")
     parser.add_argument("--rqtransformer", type=Path, metavar="FILE", help=".pt file of the RQ-Transformer, likewise")
     parser.add_argument(
-        "--ema", action="store_true", help="take the moving average of the weights (of the last stage that is given)"
+        "--ema", action="store_true", help="use the moving average of the weights (of the last stage given)"
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="folder with vocab.json and merges.txt of a text model"
     )
     try:
-        convert_original_checkpoint(**vars(parser.parse_intermixed_args()))
+        print(summary(*convert_checkpoints(**vars(parser.parse_intermixed_args()))))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

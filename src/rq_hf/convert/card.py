@@ -1,41 +1,30 @@
-"""What the converter says of what it has made: the summary for the terminal, the card for the Hub."""
+"""Reports of the converter: a summary for the terminal and a model card for the Hub."""
 
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
+from ..model_cards import model_card
 from ..models import RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
 from .files import Checkpoint
 
-CARD = """---
-{metadata}
----
-
-# {title}
-
+INTRODUCTION = """\
 Converted with `rq_hf` from a checkpoint of
 [kakaobrain/rq-vae-transformer](https://github.com/kakaobrain/rq-vae-transformer), the authors' code of *Autoregressive
-Image Generation using Residual Quantization* ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).
+Image Generation using Residual Quantization* ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941))."""
 
-```python
-{usage}
-```
-
-{facts}
-
+LICENCE = """\
 ## Licence
 
 The weights that the authors released, © Kakao Brain Corp., are under
 [CC BY-NC-SA 4.0](https://creativecommons.org/licenses/by-nc-sa/4.0/): attribution, share alike, and
-**no commercial use**. Their conversion is under the same licence; the code that runs it, `rq_hf`, is under Apache-2.0.
-"""
+**no commercial use**. Their conversion is under the same licence; the code that runs it, `rq_hf`, is under
+Apache-2.0."""
 
 
-def model_card(model: RQPipeline | RQVAEModel) -> str:
-    """A card with valid Hub metadata, the lines that load the model, its sizes, and the licence of the weights."""
+def conversion_card(model: RQPipeline | RQVAEModel) -> str:
+    """A card with valid Hub metadata, code that loads the model, its sizes, and the licence of the weights."""
     if isinstance(model, RQVAEModel):
-        tags, kind = ["rq-vae", "image-tokenizer"], None
+        tags, task = ["rq-vae", "image-tokenizer"], None
         title = "RQ-VAE"
         usage = (
             "from rq_hf import RQVAEModel\n\nvae = RQVAEModel.from_pretrained(...)\n"
@@ -44,20 +33,27 @@ def model_card(model: RQPipeline | RQVAEModel) -> str:
         )
     else:
         tags, title = ["rq-vae", "rq-transformer"], "RQ-VAE and RQ-Transformer"
-        kind = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
+        task = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
         call = "pipe()"
         if model.is_text_conditional:
             call = 'pipe("a painting by Vincent Van Gogh")'
         elif model.is_class_conditional:
             call = "pipe(class_labels=0)"
         usage = f"from rq_hf import RQPipeline\n\npipe = RQPipeline.from_pretrained(...)\n{call}.images[0]"
-    metadata = ModelCardData(license="cc-by-nc-sa-4.0", library_name="rq_hf", pipeline_tag=kind, tags=tags)
     facts = "\n".join(f"* {fact}" for fact in sizes(model))
-    return CARD.format(metadata=metadata.to_yaml(), title=title, usage=usage, facts=facts)
+    return model_card(
+        title,
+        usage,
+        introduction=INTRODUCTION,
+        details=f"{facts}\n\n{LICENCE}",
+        license="cc-by-nc-sa-4.0",
+        pipeline_tag=task,
+        tags=tags,
+    )
 
 
 def summary(model: RQPipeline | RQVAEModel, checkpoints: list[Checkpoint], destination: Path | None) -> str:
-    """What was read, what came of it, and what was ignored, one line each."""
+    """One line for each checkpoint read, model converted, contents ignored and folder written."""
     lines = [f"read     {checkpoint.label}" for checkpoint in checkpoints]
     lines += [f"made     {size}" for size in sizes(model)]
     for checkpoint in checkpoints:

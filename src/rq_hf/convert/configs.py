@@ -1,7 +1,7 @@
 """The authors' `config.yaml` -> our configurations.
 
-Two layouts are in the wild: that of their repository (`dataset.vocab_size`, `experiment.sample`) and that of their
-checkpoints (`arch.vocab_size`, `sampling`). Defaults that a file leaves out are those of their code.
+Two layouts exist: that of their repository (`dataset.vocab_size`, `experiment.sample`) and that of their checkpoints
+(`arch.vocab_size`, `sampling`). Missing options take the defaults of their code.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ SAMPLING_OPTIONS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
 
 
 class Section(dict):
-    """A section of a `config.yaml`: names an option that it lacks, and remembers which ones were read."""
+    """A section of a `config.yaml`. Errors name the missing option; the options that were read are recorded."""
 
     def __init__(self, values: dict, path: str = ""):
         super().__init__({k: Section(v, f"{path}{k}.") if isinstance(v, dict) else v for k, v in values.items()})
@@ -36,7 +36,7 @@ class Section(dict):
         return super().get(option, default)
 
     def section(self, option) -> "Section":
-        """The section of this name, which may be missing or empty."""
+        """The section with this name, or an empty one if it is missing or empty."""
         return self.get(option) or Section({}, f"{self.path}{option}.")
 
     def unread(self) -> Iterator[str]:
@@ -48,7 +48,7 @@ class Section(dict):
 
 
 def read_config(path: Path) -> Section:
-    """Raises `ValueError` for a file that is not YAML, or whose outermost level has no names."""
+    """Raises `ValueError` for a file that is not YAML, or whose top level is not a mapping."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         section = Section(config) if isinstance(config, dict) else None
@@ -60,7 +60,7 @@ def read_config(path: Path) -> Section:
 
 
 def stage_of(config: Section) -> str | None:
-    """`"rq-vae"`, `"rq-transformer"`, or `None` for the configuration of something else."""
+    """`"rq-vae"`, `"rq-transformer"`, or `None` for the configuration of any other model."""
     arch = config.get("arch")
     kind = str(arch.get("type")).lower() if isinstance(arch, Section) else None
     return kind if kind in (RQVAE, RQTRANSFORMER) else None
@@ -70,7 +70,7 @@ def rqvae_config(config: Section) -> dict:
     """Arguments of [`RQVAEModel`].
 
     Raises `ValueError`, naming the option and its value, for codebooks of unequal size, a `ch_mult` that does not
-    start with 1, and what no RQ-VAE of the authors can have.
+    start with 1, and unsupported options.
     """
     arch = config["arch"]
     hparams, ddconfig = arch["hparams"], arch["ddconfig"]
@@ -127,7 +127,7 @@ def rqvae_config(config: Section) -> dict:
 def rqtransformer_config(config: Section, shared_codebook: bool) -> RQTransformerConfig:
     """
     Args:
-        shared_codebook: whether the RQ-VAE has one codebook for all depths, which this file does not say.
+        shared_codebook: whether the RQ-VAE has one codebook for all depths; `config` does not contain it.
 
     Raises `ValueError`, naming the option and its value, for learned token embeddings and codebooks of unequal size.
     """
@@ -173,7 +173,7 @@ def stack_config(arch: Section, name: str) -> dict:
 
 
 def generation_config(config: Section) -> GenerationConfig:
-    """The sampling settings of `sampling`, or else of `experiment.sample`: numbers, or one per depth."""
+    """The sampling settings in `sampling`, or else in `experiment.sample`: numbers, or lists with one per depth."""
     sampling = config.section("sampling") or config.section("experiment").section("sample")
     settings = {}
     for option, name in SAMPLING_OPTIONS.items():
@@ -189,7 +189,7 @@ def generation_config(config: Section) -> GenerationConfig:
 def equal_sizes(section: Section, option: str) -> int:
     sizes = section[option] if isinstance(section[option], list) else [section[option]]
     if len(set(sizes)) > 1:
-        refuse(section, option, sizes, "all depths must have one codebook size")
+        refuse(section, option, sizes, "all depths must have the same codebook size")
     return sizes[0]
 
 

@@ -1,4 +1,4 @@
-"""`convert_original_checkpoint`: the authors' checkpoints -> a saved pipeline."""
+"""The authors' checkpoints -> a saved pipeline."""
 
 import json
 import os
@@ -9,17 +9,21 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
-from .card import model_card, summary
+from .card import conversion_card
 from .configs import RQTRANSFORMER, RQVAE, Section, generation_config, rqtransformer_config, rqvae_config
 from .files import Checkpoint, extract_archive, find_checkpoints, one_line, single_checkpoint
 from .tokenizer import convert_tokenizer
-from .weights import Parts, joined, rqtransformer_weights, rqvae_weights
+from .weights import Parts, concatenate, rqtransformer_weights, rqvae_weights
 
 MAX_SHARD_SIZE = "2GB"
+# Raised by options of the wrong type or value, here or in the configuration or model that they are passed to:
+# RuntimeError for negative sizes, StrictDataclassError by the configurations of transformers.
+OPTION_ERRORS = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, StrictDataclassError)
 
 
 def convert_original_checkpoint(
@@ -32,34 +36,43 @@ def convert_original_checkpoint(
     tokenizer: str | Path | None = None,
 ) -> RQPipeline | RQVAEModel:
     r"""
-    Converts checkpoints of the authors' code (kakaobrain/rq-vae-transformer) and prints what it read and ignored.
+    Converts checkpoints of the authors' code (kakaobrain/rq-vae-transformer).
 
-    Weights are memory-mapped, and written shard by shard: memory stays below the size of the checkpoint plus 2 GB.
-    Nothing that a file might want to execute is executed.
+    Weights are memory-mapped and written shard by shard: memory stays below the size of the checkpoint plus 2 GB.
+    No code in checkpoint files is executed.
 
     Args:
-        source (`str` or `Path`, *optional*): their tar archive, or a folder with the two stages somewhere below it,
-            each a `.pt` file beside its `config.yaml`. The RQ-VAE may be there alone.
+        source (`str` or `Path`, *optional*): their tar archive, or a folder that contains the two stages at any depth,
+            each a `.pt` file beside its `config.yaml`, or the RQ-VAE alone.
         destination (`str` or `Path`, *optional*): new or empty folder to write to, for `from_pretrained`, with a model
-            card. It appears when all is written.
-        rqvae, rqtransformer (`str` or `Path`, *optional*): the `.pt` file of a stage, instead of `source` or for what
-            `source` lacks; its `config.yaml` lies beside it.
-        ema (`bool`): take `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or
-            of an RQ-VAE that comes alone.
+            card. It appears only when it is complete.
+        rqvae, rqtransformer (`str` or `Path`, *optional*): the `.pt` file of a stage, with its `config.yaml` beside
+            it, instead of `source` or for a stage that `source` lacks.
+        ema (`bool`): use `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or
+            of an RQ-VAE alone.
         tokenizer (`str` or `Path`, *optional*): folder with the vocabulary and merges of a text model.
 
     Returns:
-        The [`RQPipeline`], or the [`RQVAEModel`] when there is no second stage.
+        The [`RQPipeline`], or the [`RQVAEModel`] if there is no second stage.
 
     Raises:
-        `FileNotFoundError` for a path that is not there; `FileExistsError` for a destination that is not empty;
-        `ValueError` for everything that is broken, does not fit together, or has no equal here: learned token
-        embeddings, codebooks of unequal size, a `ch_mult` that does not start with 1.
+        `FileNotFoundError` for a missing path; `FileExistsError` for a destination that is not empty; `ValueError`
+        for broken files, stages that do not fit each other, and unsupported options: learned token embeddings,
+        codebooks of unequal size, a `ch_mult` that does not start with 1.
     """
+    model, _, _ = convert_checkpoints(source, destination, rqvae, rqtransformer, ema, tokenizer)
+    return model
+
+
+def convert_checkpoints(
+    source, destination, rqvae, rqtransformer, ema, tokenizer
+) -> tuple[RQPipeline | RQVAEModel, list[Checkpoint], Path | None]:
+    """[`convert_original_checkpoint`], which also returns the checkpoints read and the resolved destination."""
     destination = None if destination is None else Path(destination).resolve()
     if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} is not empty; name a new folder")
-    # Beside the destination, which the finished folder is renamed to. Weights of an archive are mapped from here.
+    # On the disk of the destination, because the finished folder is renamed to it; archives are unpacked here, too.
+    # `files.atomic_folder` would create missing parents before the conversion, and keep an empty destination.
     beside = None if destination is None else next(parent for parent in destination.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".rq_hf-", dir=beside, ignore_cleanup_errors=True) as scratch:
         checkpoints = gather_checkpoints(source, rqvae, rqtransformer, Path(scratch, "archive"))
@@ -68,7 +81,7 @@ def convert_original_checkpoint(
         if stage2 is not None:
             transformer, weights = convert_rqtransformer(stage2, vae, ema)
             text_tokenizer = text_model_tokenizer(tokenizer, transformer, stage2)
-            with blamed(f"{stage1.label} and {stage2.label}"):
+            with error_context(f"{stage1.label} and {stage2.label}"):
                 model = RQPipeline(vae, transformer, text_tokenizer)
         elif tokenizer is not None:
             raise ValueError(f"an RQ-VAE alone takes no tokenizer, got {tokenizer}")
@@ -78,18 +91,17 @@ def convert_original_checkpoint(
         if destination is not None:
             finished = Path(scratch, "finished")
             save(model, weights, finished)
-            (finished / "README.md").write_text(model_card(model), encoding="utf-8")
+            (finished / "README.md").write_text(conversion_card(model), encoding="utf-8")
             destination.parent.mkdir(parents=True, exist_ok=True)
             os.replace(finished, destination)
             model = type(model).from_pretrained(destination)
         elif stage2 is not None:
-            transformer.load_state_dict({name: joined(parts) for name, parts in weights.items()}, assign=True)
-    print(summary(model, list(checkpoints.values()), destination))
-    return model
+            transformer.load_state_dict({name: concatenate(parts) for name, parts in weights.items()}, assign=True)
+    return model, list(checkpoints.values()), destination
 
 
 def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, Checkpoint]:
-    """All checkpoints that the arguments name; an archive is extracted to `folder`."""
+    """The checkpoints of the given sources by stage; an archive is extracted to `folder`."""
     found = {}
     if source is not None:
         source = Path(source)
@@ -111,18 +123,18 @@ def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, 
         raise ValueError("nothing to convert: give source or rqvae")
     if RQVAE not in found:
         raise ValueError(
-            f"{found[RQTRANSFORMER].label} needs its RQ-VAE, with whose codebook it embeds the codes: give it by rqvae"
+            f"{found[RQTRANSFORMER].label} needs its RQ-VAE, whose codebook embeds the codes: give it by rqvae"
         )
     return found
 
 
 def convert_rqvae(checkpoint: Checkpoint, ema: bool) -> RQVAEModel:
     state_dict = checkpoint.load(ema)
-    with blamed(checkpoint.label):
-        with torch.device("meta"):
-            vae = RQVAEModel(**rqvae_config(checkpoint.config))
+    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
+        vae = RQVAEModel(**rqvae_config(checkpoint.config))
+    with error_context(checkpoint.label):
         weights = rqvae_weights(state_dict, vae)
-    vae.load_state_dict({name: joined(parts) for name, parts in weights.items()}, assign=True)
+    vae.load_state_dict({name: concatenate(parts) for name, parts in weights.items()}, assign=True)
     checkpoint.unused.append("the padding rows of the codebooks")
     return vae.eval()
 
@@ -130,33 +142,33 @@ def convert_rqvae(checkpoint: Checkpoint, ema: bool) -> RQVAEModel:
 def convert_rqtransformer(
     checkpoint: Checkpoint, vae: RQVAEModel, ema: bool
 ) -> tuple[RQTransformerModel, dict[str, Parts]]:
-    """The model on the meta device, and its weights."""
+    """The model on the meta device and its weights."""
     state_dict = checkpoint.load(ema)
-    with blamed(checkpoint.label):
+    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
         config = rqtransformer_config(checkpoint.config, shared_codebook=vae.config.shared_codebook)
-        with torch.device("meta"):
-            transformer = RQTransformerModel(config)
-        weights = rqtransformer_weights(state_dict, transformer)
+        transformer = RQTransformerModel(config)
         transformer.generation_config = generation_config(checkpoint.config)
+    with error_context(checkpoint.label):
+        weights = rqtransformer_weights(state_dict, transformer)
     weights["codebook"] = (vae.quantizer.codebook.detach().clone(),)
     if config.code_shape[-1] == 1:
-        checkpoint.unused.append("head_mlp, which has nothing to project at depth 1")
+        checkpoint.unused.append("head_mlp, which is not used at depth 1")
     return transformer.eval(), weights
 
 
 def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Checkpoint):
-    """The tokenizer of a text model; `None` where no folder is given. Raises `ValueError` for another model."""
+    """The tokenizer in `folder`, or `None` without a folder. Raises `ValueError` if the model is not a text model."""
     if folder is None:
         return None
     length = transformer.config.cond_length
     if length == 1:
-        raise ValueError(f"{checkpoint.label} is no text model and takes no tokenizer, got {folder}")
-    with blamed(checkpoint.label):
+        raise ValueError(f"{checkpoint.label} is not a text model; remove tokenizer {folder}")
+    with error_context(checkpoint.label, *OPTION_ERRORS):
         return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name"))
 
 
 def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:
-    """What `model.save_pretrained(folder)` would write, were the transformer not on the meta device."""
+    """Writes the files of `model.save_pretrained(folder)`, which cannot save a transformer on the meta device."""
     if isinstance(model, RQVAEModel):
         model.save_pretrained(folder)
         return
@@ -176,7 +188,7 @@ def save_transformer(transformer: RQTransformerModel, weights: dict[str, Parts],
         transformer.state_dict(), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )
     for filename, names in shards.filename_to_tensors.items():
-        save_file({name: joined(weights[name]) for name in names}, folder / filename, metadata={"format": "pt"})
+        save_file({name: concatenate(weights[name]) for name in names}, folder / filename, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -191,17 +203,15 @@ def single_file_weights(checkpoint: dict[str, torch.Tensor], config: dict) -> di
     """For `RQVAEModel.from_single_file`."""
     with torch.device("meta"):
         vae = RQVAEModel.from_config(config)
-    return {name: joined(parts) for name, parts in rqvae_weights(checkpoint, vae).items()}
+    return {name: concatenate(parts) for name, parts in rqvae_weights(checkpoint, vae).items()}
 
 
 @contextmanager
-def blamed(label: str) -> Iterator[None]:
-    """Says in one line what is wrong with a checkpoint, and with which."""
+def error_context(label: str, *option_errors: type[Exception]) -> Iterator[None]:
+    """Turns a `ValueError`, and `option_errors` from invalid options, into a one-line `ValueError` with `label`."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {one_line(error)}") from error
-    except OSError:
-        raise
-    except Exception as error:  # whatever an option of the wrong kind leads to
-        raise ValueError(f"{label}: no model comes of its config.yaml: {one_line(error)}") from error
+    except option_errors as error:
+        raise ValueError(f"{label}: config.yaml does not describe a valid model: {one_line(error)}") from error

@@ -16,7 +16,7 @@ from .configs import RQTRANSFORMER, RQVAE, Section, read_config, stage_of
 
 @dataclass
 class Checkpoint:
-    """One stage: its weights, its `config.yaml`, its name in messages, and what of the weights is not used."""
+    """One stage: its weights file, its `config.yaml`, its name in messages, and the contents that are not used."""
 
     weights: Path
     config: Section
@@ -24,20 +24,21 @@ class Checkpoint:
     unused: list[str] = field(default_factory=list)
 
     def load(self, ema: bool) -> dict[str, torch.Tensor]:
-        """The memory-mapped state dict, or the moving average of it.
+        """The memory-mapped state dict, or its moving average.
 
-        Nothing that the file might want to execute is executed. Raises `ValueError` for anything but a dictionary of
-        tensors that PyTorch can map.
+        No code in the file is executed. Raises `ValueError` unless the file contains a dictionary of tensors that
+        PyTorch can map.
         """
         try:
             contents = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             name = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"Python objects ({name[1]})" if name else "something that is not a PyTorch checkpoint"
-            raise ValueError(f"{self.label} holds {what}; only tensors are read") from error
+            if name:
+                raise ValueError(f"{self.label} holds Python objects ({name[1]}); only tensors are read") from error
+            raise ValueError(f"{self.label} is not a PyTorch checkpoint") from error
         except Exception as error:  # a broken pickle can raise anything
             raise ValueError(
-                f"{self.label} is no whole PyTorch checkpoint (torch.save since 1.6): {one_line(error)}"
+                f"{self.label} is a truncated or invalid PyTorch checkpoint (torch.save since 1.6): {one_line(error)}"
             ) from error
         key = "state_dict_ema" if ema else "state_dict"
         state_dict = contents.get(key) if isinstance(contents, dict) else None
@@ -51,7 +52,7 @@ class Checkpoint:
 def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:
     """The `.pt` file of a stage, `"rq-vae"` or `"rq-transformer"`, with the `config.yaml` beside it.
 
-    Raises `FileNotFoundError` for a file that is not there, `ValueError` for one of another stage.
+    Raises `FileNotFoundError` for a missing file, `ValueError` for one of another stage.
     """
     weights = Path(weights)
     config_path = weights.with_name("config.yaml")
@@ -66,9 +67,9 @@ def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:
 
 
 def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
-    """All stages below a folder, called `name`: each `config.yaml` of an RQ-VAE or RQ-Transformer with its `.pt` file.
+    """All stages below a folder, which messages call `name`: each `config.yaml` with the `.pt` file beside it.
 
-    Raises `ValueError` when there are none, two of a stage, or one of something else.
+    Raises `ValueError` if there are none, two of the same stage, or a checkpoint of another kind of model.
     """
     found = {}
     for path in sorted(folder.rglob("config.yaml")):
@@ -88,7 +89,7 @@ def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
             raise ValueError(f"{place} must hold one .pt file, or one called model.pt; got {[f.name for f in files]}")
         label = str(place / files[0].name)
         if stage in found:
-            raise ValueError(f"two checkpoints of an {stage}: {found[stage].label} and {label}; name the file to take")
+            raise ValueError(f"two checkpoints of an {stage}: {found[stage].label} and {label}; name the file to use")
         found[stage] = Checkpoint(files[0], config, label)
     if not found:
         raise ValueError(f"{name} has no config.yaml of an RQ-VAE or RQ-Transformer")
@@ -98,8 +99,8 @@ def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
 def extract_archive(archive: Path, folder: Path) -> None:
     """Extracts the `.pt` files and `config.yaml`s of a tar archive.
 
-    Raises `ValueError` for a broken archive, also where it ends between two members or its checksum is wrong, and for
-    one with any member outside of itself.
+    Raises `ValueError` for a broken archive (also one that ends between two members or whose checksum is wrong), and
+    for one with a member outside `folder`.
     """
     try:
         with tarfile.open(archive) as tar:
@@ -114,7 +115,7 @@ def extract_archive(archive: Path, folder: Path) -> None:
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {one_line(error)}") from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive} is no whole tar archive: {one_line(error)}") from error
+        raise ValueError(f"{archive} is a truncated or invalid tar archive: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

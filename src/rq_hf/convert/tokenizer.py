@@ -5,20 +5,21 @@ from pathlib import Path
 from tokenizers.implementations import CharBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-# `dataset.txt_tok_name` -> how their file names begin
+# `dataset.txt_tok_name` -> prefix of the file names
 FILE_PREFIXES = {"bpe16k_huggingface": "bpe-16k-", "bpe30k_huggingface": "bpe-30k-"}
 
 
 def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) -> PreTrainedTokenizerFast:
     """
-    Character-level BPE on lower-cased text with its accents, padded on the right with `[PAD]` and cut on the right.
+    Character-level BPE on lower-cased text that keeps accents, padded with `[PAD]` and truncated on the right.
 
     Args:
-        folder: with one `…vocab.json` and one `…merges.txt`, or all of the authors' tokenizers.
+        folder: contains one `…vocab.json` and one `…merges.txt`, or all of the authors' tokenizers.
         length: L; the tokenizer's `model_max_length`.
-        name: `dataset.txt_tok_name`, which tells the authors' tokenizers apart.
+        name: `dataset.txt_tok_name`, which selects one of the authors' tokenizers.
 
-    Raises `FileNotFoundError` without a folder, `ValueError` when it does not hold exactly one pair of files.
+    Raises `FileNotFoundError` for a missing folder, `ValueError` unless it holds exactly one pair of files that form a
+    tokenizer.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -36,8 +37,8 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
         )
     try:
         tokenizer = CharBPETokenizer.from_file(str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{vocabularies[0]} and {merges[0]} make no tokenizer: {error}") from error
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ValueError(f"{vocabularies[0]} and {merges[0]} do not form a valid tokenizer: {error}") from error
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer,
         unk_token="[UNK]",

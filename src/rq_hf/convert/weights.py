@@ -1,7 +1,7 @@
-"""The authors' weights -> ours: other names, and here and there another shape.
+"""The authors' weights -> ours: renamed, and in a few cases reshaped.
 
-Weights stay views of the memory-mapped checkpoint. Where one of ours is made of several of theirs (queries, keys and
-values; the codebooks of all depths), the parts are kept apart until they are needed: [`Parts`].
+Weights stay views of the memory-mapped checkpoint. A weight that combines several of theirs (queries, keys and values;
+the codebooks of all depths) is kept as its [`Parts`] until it is needed.
 """
 
 import re
@@ -52,7 +52,7 @@ RQTRANSFORMER_NAMES = {
 def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[str, Parts]:
     """The weights of `model`, which may be on the meta device, from a state dict of the authors' RQ-VAE.
 
-    Raises `ValueError` where names or shapes do not fit, and when the copies of a shared codebook differ.
+    Raises `ValueError` if names or shapes do not fit, or if the copies of a shared codebook differ.
     """
 
     def to_ours(name, weight, shape):
@@ -70,7 +70,7 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
 
 
 def rqvae_names(name: str, model: RQVAEModel) -> list[str]:
-    """The authors' names of what makes up our weight `name`."""
+    """The authors' names of the parts of our weight `name`."""
     if name.startswith("quantizer."):
         theirs = CODEBOOK_NAMES[name.removeprefix("quantizer.")]
         return [f"quantizer.codebooks.{m}.{theirs}" for m in range(len(model.quantizer.codebook))]
@@ -82,7 +82,7 @@ def rqvae_names(name: str, model: RQVAEModel) -> list[str]:
 
 
 def rqvae_shape(name: str, shape: torch.Size, model: RQVAEModel) -> tuple[int, ...]:
-    """The authors' shape of a part of our weight `name` of this `shape`."""
+    """The authors' shape of each part of our weight `name`, which has this `shape`."""
     if name == "quantizer.codebook":
         return (shape[1] + 1, shape[2])
     if name.startswith("quantizer."):
@@ -93,14 +93,14 @@ def rqvae_shape(name: str, shape: torch.Size, model: RQVAEModel) -> tuple[int, .
 def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransformerModel) -> dict[str, Parts]:
     """The weights of `model`, which may be on the meta device, except for its codebook.
 
-    Raises `ValueError` where names or shapes do not fit.
+    Raises `ValueError` if names or shapes do not fit.
     """
 
     def to_ours(name, weight, shape):
         separate = name == "classifier.weight" and not model.config.shared_classifier
         return weight.transpose(1, 2) if separate else weight  # (D, E, K) -> (D, K, E)
 
-    # With one code per position there is nothing to project, though their models have the layer.
+    # With one code per position their models have this layer, but do not use it.
     ignored = ("head_mlp.weight", "head_mlp.bias") if model.config.code_shape[-1] == 1 else ()
     return take_weights(
         original, model, rqtransformer_names, rqtransformer_shape, to_ours, ignored, excluded="codebook"
@@ -108,7 +108,7 @@ def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransforme
 
 
 def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
-    """The authors' names of what makes up our weight `name`."""
+    """The authors' names of the parts of our weight `name`."""
     if "qkv_proj" in name:
         names = [name.replace("self_attn.qkv_proj", f"attn.{part}") for part in ("query", "key", "value")]
     else:
@@ -117,7 +117,7 @@ def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
 
 
 def rqtransformer_shape(name: str, shape: torch.Size, model: RQTransformerModel) -> tuple[int, ...]:
-    """The authors' shape of a part of our weight `name` of this `shape`."""
+    """The authors' shape of each part of our weight `name`, which has this `shape`."""
     if "qkv_proj" in name:
         return (shape[0] // 3, *shape[1:])
     if name.endswith("position_embedding"):
@@ -140,7 +140,7 @@ def take_weights(
     ignored: Iterable[str] = (),
     excluded: str | None = None,
 ) -> dict[str, Parts]:
-    """All weights of `model` but the excluded one; every weight of `original` is either used or ignored."""
+    """All weights of `model` except for `excluded`. Every weight of `original` must be used or in `ignored`."""
     weights, missing, misshapen, used = {}, [], [], set(ignored)
     for name, ours in model.state_dict().items():
         if name == excluded:
@@ -170,6 +170,9 @@ def take_weights(
     return weights
 
 
-def joined(parts: Parts) -> torch.Tensor:
-    """The whole weight, in single precision."""
+def concatenate(parts: Parts) -> torch.Tensor:
+    """The complete weight, in float32."""
     return (torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()).float()
+
+
+joined = concatenate

@@ -1,6 +1,8 @@
 from .frechet import frechet_distance
 from .lpips import LPIPS
-from .reconstruction import codebook_health, count_codes, psnr
+from .reconstruction import codebook_usage, count_codes, psnr
 from .scorers import ClassifierScorer, CLIPScorer
 
-__all__ = ["CLIPScorer", "ClassifierScorer", "LPIPS", "codebook_health", "count_codes", "frechet_distance", "psnr"]
+codebook_health = codebook_usage
+
+__all__ = ["CLIPScorer", "ClassifierScorer", "LPIPS", "codebook_usage", "count_codes", "frechet_distance", "psnr"]

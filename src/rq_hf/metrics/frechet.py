@@ -1,15 +1,15 @@
-"""Fréchet distance of features."""
+"""Fréchet distance between sets of features."""
 
 import torch
 
 
 def frechet_distance(features: torch.Tensor, other_features: torch.Tensor) -> float:
     """
-    Fréchet distance of two Gaussians fitted to features `(N, F)` and `(M, F)`, N, M ≥ 2 (Heusel et al. 2017, eq. 6):
+    Fréchet distance between Gaussians fitted to features `(N, F)` and `(M, F)`, N, M ≥ 2 (Heusel et al. 2017, eq. 6):
 
         ‖μ − μ'‖² + tr(Σ + Σ' − 2·(Σ Σ')^½)
 
-    in double precision, with unbiased covariances. The root has the trace of (Σ^½ Σ' Σ^½)^½, which is symmetric.
+    in float64, with unbiased covariances. The root has the same trace as (Σ^½ Σ' Σ^½)^½, which is symmetric.
     """
     means, covariances = zip(*((f.double().mean(dim=0), f.double().T.cov()) for f in (features, other_features)))
     values, vectors = torch.linalg.eigh(covariances[0])

@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling, and the last of all
+TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling layer, and the last activation
 WIDTHS = (64, 128, 256, 512, 512)
 
 
 class LPIPS(nn.Module):
     """
-    Distance of two pictures in the eyes of VGG16: squared differences of its normalized features at five depths,
-    weighted per channel, averaged over the positions and summed over the depths (eq. 1).
+    Distance between images in VGG16 feature space: squared differences of normalized features at five depths, weighted
+    per channel, averaged over positions and summed over depths (eq. 1).
 
-    All arithmetic is float32, also under autocast. The weights do not learn.
+    All arithmetic is float32, also under autocast. The weights are frozen.
     """
 
     def __init__(self):
@@ -40,11 +40,11 @@ class LPIPS(nn.Module):
     def from_pretrained(cls, vgg: str, heads: str) -> "LPIPS":
         """
         Args:
-            vgg: weights of VGG16 with the usual names, `features.0.weight` and so on.
+            vgg: weights of VGG16 with the names of torchvision, `features.0.weight` and so on.
             heads: the weights per channel, `lin0.model.1.weight` to `lin4.model.1.weight`, as released with LPIPS.
 
-        Both are local files, or `user/repository/file` on the Hub; `.safetensors` or what `torch.save` writes.
-        Raises `ValueError` where such weights are missing.
+        Both are local files, or `user/repository/file` on the Hub, in the format of safetensors (`.safetensors`) or
+        `torch.save`. Raises `ValueError` if the file or some of its weights are missing.
         """
         model = cls()
         state_dict = model.state_dict()
@@ -64,7 +64,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: torch.Tensor, other_pixels: torch.Tensor) -> torch.Tensor:
-        """Distances `(B,)` of pictures `(B, 3, height, width)` in [-1, 1]."""
+        """Distances `(B,)` between images `(B, 3, height, width)` in [-1, 1]."""
         with torch.autocast(pixels.device.type, enabled=False):
             pairs = zip(self.extract(pixels), self.extract(other_pixels), strict=True)
             return sum(
@@ -72,7 +72,7 @@ class LPIPS(nn.Module):
             )
 
     def extract(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """The features at the five depths, of unit length over the channels at every position."""
+        """The features at the five depths, normalized to unit length over the channels at each position."""
         features, tapped = (pixels.float() - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             features = layer(features)
@@ -82,7 +82,7 @@ class LPIPS(nn.Module):
 
 
 def load_weights(source: str) -> dict[str, torch.Tensor]:
-    """A state dict from a local file, or from `user/repository/file` on the Hub."""
+    """A state dict from a local file or from `user/repository/file` on the Hub."""
     path = Path(source)
     if not path.is_file():
         parts = source.split("/", 2)

@@ -1,4 +1,4 @@
-"""Quality of reconstructions, and how their codebook is used."""
+"""Quality of reconstructions and usage of the codebook."""
 
 import torch
 
@@ -7,8 +7,8 @@ def psnr(pixels: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """
     Peak signal-to-noise ratio of every image `(B, 3, height, width)` in [-1, 1], in dB: `(B,)`.
 
-    Both are compared as the 8-bit images that they are saved as. Equal images have 100 dB, not infinity, so that
-    means over images stay finite.
+    Both are rounded to 8 bits, as when they are saved. Equal images have 100 dB instead of infinity, so that means
+    over images stay finite.
     """
     images, others = ((x.float() * 127.5 + 127.5).clamp(0, 255).round() for x in (pixels, reconstructions))
     squared_error = ((images - others) / 255).square().flatten(1).mean(dim=1)
@@ -16,20 +16,19 @@ def psnr(pixels: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
 
 
 def count_codes(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """How often each code occurs at each depth: codes `(..., D)` -> `(D, K)` int64. Counts of batches add up."""
+    """How often each code occurs at each depth: codes `(..., D)` -> `(D, K)` int64. Counts of batches can be added."""
     return torch.stack([torch.bincount(c, minlength=codebook_size) for c in codes.reshape(-1, codes.shape[-1]).t()])
 
 
-def codebook_health(counts: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Health of the codebook from `counts` `(D, K)` of [`count_codes`], one number per depth.
+def codebook_usage(counts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Codebook usage statistics, one per depth, from `counts` `(D, K)` of [`count_codes`].
 
     Returns:
-        `usage`: share of codes that occur, in [0, 1]; `perplexity`: exp of the entropy of the codes, in [1, K];
-        `dead_codes`: number of codes that never occur. Each of shape `(D,)`.
+        `usage`: share of codes that occur, in [0, 1]; `perplexity`: exp of the entropy of the codes, in [1, K]. Each
+        of shape `(D,)`.
     """
     share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
     return {
         "usage": (counts > 0).float().mean(dim=-1),
         "perplexity": torch.special.entr(share).sum(dim=-1).exp(),
-        "dead_codes": (counts == 0).sum(dim=-1),
     }

@@ -1,13 +1,19 @@
 """Scores for rejection sampling: `pipe(..., scorer=ClassifierScorer(model), num_candidates=20)` (section 4.2).
 
-A scorer takes pictures `(B, 3, height, width)` in [0, 1] and the list of their prompts or labels, and returns `(B,)`.
+A scorer takes images `(B, 3, height, width)` in [0, 1] and the list of their prompts or labels, and returns `(B,)`.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from transformers import CLIPModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    CLIPModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -15,12 +21,14 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 class ClassifierScorer:
     """
-    The log-probability that a classifier of pictures gives their labels.
+    The log-probability of each label under an image classifier.
+
+    Images are resized to a square without cropping, so that images that are not square are distorted.
 
     Args:
-        model: from `AutoModelForImageClassification.from_pretrained`; its classes are those of the pipeline.
-        image_size: side of the pictures that it takes; others are resized.
-        mean, std: of its normalization, per channel.
+        model: from `AutoModelForImageClassification.from_pretrained`, with the classes of the pipeline.
+        image_size: height and width of its inputs, in pixels.
+        mean, std: normalization of its inputs, per channel.
     """
 
     def __init__(
@@ -35,6 +43,19 @@ class ClassifierScorer:
         self.mean = mean
         self.std = std
 
+    @classmethod
+    def from_pretrained(cls, checkpoint: str, **kwargs) -> "ClassifierScorer":
+        """
+        Args:
+            checkpoint: folder or Hub id of a classifier. `image_size`, `mean` and `std` are those of its
+                `preprocessor_config.json`.
+            kwargs: for `AutoModelForImageClassification.from_pretrained`.
+        """
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        size = processor.crop_size if processor.do_center_crop else processor.size
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, **kwargs)
+        return cls(model, size.height or size.shortest_edge, processor.image_mean, processor.image_std)
+
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, labels: list[int]) -> torch.Tensor:
         logits = self.model(normalize(images.to(self.model.device), self.image_size, self.mean, self.std)).logits
@@ -44,7 +65,9 @@ class ClassifierScorer:
 
 class CLIPScorer:
     """
-    The cosine similarity, by CLIP, of pictures and prompts.
+    The cosine similarity of images and prompts according to CLIP.
+
+    Images are resized to the square input of the model without cropping, and normalized as by OpenAI's models.
 
     Args:
         model: from `CLIPModel.from_pretrained`.
@@ -65,7 +88,7 @@ class CLIPScorer:
 
 
 def normalize(images: torch.Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Pictures `(B, 3, height, width)` in [0, 1] -> `(B, 3, size, size)` of zero mean and unit deviation."""
+    """Images `(B, 3, height, width)` in [0, 1] -> `(B, 3, size, size)` with zero mean and unit deviation."""
     images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     return (images - mean) / std

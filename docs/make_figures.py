@@ -1,8 +1,8 @@
-"""Draw the pictures of docs/sampling.md with the model that comes with the package.
+"""Make the figures of docs/sampling.md with the model that comes with the package.
 
-    python examples/controls.py --output_dir docs/images
+    python docs/make_figures.py --output_dir docs/images
 
-Four rows, one for each of `SUBJECTS`: from coarse to fine, variations, completions, and pictures being drawn.
+Each figure has one row of images for each of `SUBJECTS`.
 """
 
 import argparse
@@ -17,13 +17,13 @@ SUBJECTS = ("sunflower", "woman astronaut medium skin tone", "octopus", "fire en
 
 
 def coarse_to_fine(pipe: RQPipeline, codes: torch.Tensor) -> torch.Tensor:
-    """A row for each picture: from its first code of every position, from two, and so on."""
+    """A row for each image: decoded from the first code of every position, from the first two, and so on."""
     depths = [pipe.decode_codes(codes, depth=d, output_type="pt") for d in range(1, codes.shape[-1] + 1)]
     return torch.stack(depths, dim=1).flatten(0, 1)
 
 
 def variations(pipe: RQPipeline, codes: torch.Tensor, count: int = 3) -> torch.Tensor:
-    """A row for each picture: itself, and `count` times with its first code of every position and other finer ones."""
+    """A row for each image: itself, and `count` variations that keep the first code of every position."""
     varied = pipe(
         list(SUBJECTS),
         num_images_per_prompt=count,
@@ -38,7 +38,7 @@ def variations(pipe: RQPipeline, codes: torch.Tensor, count: int = 3) -> torch.T
 
 
 def completions(pipe: RQPipeline, codes: torch.Tensor) -> torch.Tensor:
-    """A row for each picture: its upper half, and what it becomes when it is completed for every subject."""
+    """A row for each image: its upper half, and completions of this half for every subject."""
     _, height, width, _ = codes.shape
     half = height * width // 2
     shown = pipe.decode_codes(codes, num_positions=half, output_type="pt")
@@ -50,22 +50,22 @@ def completions(pipe: RQPipeline, codes: torch.Tensor) -> torch.Tensor:
 
 
 def being_drawn(pipe: RQPipeline, every: int = 16) -> torch.Tensor:
-    """A row for each subject: the picture after so many positions, and so on."""
+    """A row for each subject: the image after every `every` sampled positions."""
     previews = []
 
-    def show(pipe, step, position, tensors):
+    def preview(pipe, step, position, tensors):
         if (position + 1) % every == 0:
             previews.append(pipe.decode_codes(tensors["codes"], num_positions=position + 1, output_type="pt"))
         return {}
 
-    pipe(list(SUBJECTS), generator=list(range(len(SUBJECTS))), callback_on_step_end=show)
+    pipe(list(SUBJECTS), generator=list(range(len(SUBJECTS))), callback_on_step_end=preview)
     return torch.stack(previews, dim=1).flatten(0, 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMOJI_MODEL, help="any text-to-image pipeline: a folder or a Hub id")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the figures")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
