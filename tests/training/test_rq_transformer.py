@@ -43,16 +43,3 @@ def test_trained_one_that_does_not_fit_is_an_error(vae, tmp_path, kind, code_sha
     tiny_transformer("class", code_shape=code_shape).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         create_transformer(vae, TransformerArguments(rqvae="vae", transformer=str(tmp_path)), **CONDITIONS[kind])
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"labels": "none"}, "--labels must be hard or soft, got 'none'"),
-        ({"soft_label_temperature": 0.0}, "--soft_label_temperature must be greater than 0, got 0.0"),
-        ({"cond_dropout": 1.0}, r"--cond_dropout must lie in \[0, 1\), got 1.0"),
-    ],
-)
-def test_arguments_out_of_range_are_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        TransformerArguments(rqvae="vae", **arguments)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ..metrics import LPIPS, codebook_health, count_codes, psnr
+from ..metrics import LPIPS, codebook_usage, count_codes, psnr
 from ..model_cards import model_card
 from ..models import RQVAEModel
 from .adversarial import DiscriminatorTrainer
@@ -92,7 +92,7 @@ def code_shape(model: RQVAEModel) -> tuple[int, int, int]:
 
 def usage_metrics(counts: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
     """Codebook usage and perplexity from `counts` `(D, K)`, a metric for every depth: `{prefix}usage_depth_1`, ..."""
-    values = codebook_health(counts)
+    values = codebook_usage(counts)
     return {
         f"{prefix}{name}_depth_{d}": value
         for name in ("usage", "perplexity")
