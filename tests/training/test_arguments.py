@@ -1,7 +1,9 @@
 import pytest
+from tiny import tiny_vae
 from torch import nn
 
-from rq_hf.training import RunArguments, TransformerArguments
+from rq_hf.data import ImageCollator, LatentCollator
+from rq_hf.training import RunArguments, TrainingDataArguments, TransformerArguments
 
 
 class TestRunArguments:
@@ -41,3 +43,31 @@ class TestRunArguments:
 def test_transformer_arguments_out_of_range_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerArguments(rqvae="vae", **arguments)
+
+
+class TestLatentsOption:
+    """`--latents` instead of images."""
+
+    @pytest.fixture
+    def vae(self):
+        return tiny_vae()
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("dataset_name", "user/images"), ("data_files", "*.tar"), ("random_flip", True), ("center_crop", False)],
+    )
+    def test_refuses_options_of_images(self, vae, option, value):
+        with pytest.raises(ValueError, match=f"--{option} applies to images"):
+            TransformerArguments("vae", latents="latents").load_dataset(vae, TrainingDataArguments(**{option: value}))
+
+    def test_collates_latents(self, vae):
+        data = TrainingDataArguments(random_flip=False)
+        collate = TransformerArguments("vae", latents="latents").create_collator(vae, data, label_column="label")
+        assert isinstance(collate, LatentCollator) and collate.label_column == "label"
+
+    def test_left_out_collates_images_of_the_size_of_the_rqvae(self, vae):
+        data = TrainingDataArguments(image_column="img", random_flip=True, center_crop=False)
+        collate = TransformerArguments("vae").create_collator(vae, data, label_column="label")
+        assert isinstance(collate, ImageCollator)
+        assert (collate.image_column, collate.resolution, collate.label_column) == ("img", 8, "label")
+        assert (collate.random_flip, collate.center_crop) == (True, False)
