@@ -26,7 +26,7 @@ from rq_hf.data import (
     ImageCollator,
     LatentCollator,
     TrainingStream,
-    describe_latents,
+    latents_shape,
     load_image_dataset,
     load_latents,
 )
@@ -34,8 +34,14 @@ from rq_hf.training import RQTransformerLoss, create_transformer
 
 EXTRACT = Path(__file__).parents[1] / "examples" / "extract_latents.py"
 BATCH_SIZE = 64
-TRANSFORMER = {"hidden_size": 128, "spatial_layers": 4, "depth_layers": 2, "num_attention_heads": 4}
-TRANSFORMER |= {"cond_vocab_size": 11, "null_cond_id": 10}
+TRANSFORMER = {
+    "hidden_size": 128,
+    "spatial_layers": 4,
+    "depth_layers": 2,
+    "num_attention_heads": 4,
+    "cond_vocab_size": 11,
+    "null_cond_id": 10,
+}
 
 
 def make_steps(vae: RQVAEModel, dataset, collate: Callable, steps: int) -> Callable:
@@ -74,7 +80,7 @@ def main() -> None:
         images = load_image_dataset(data_files=args.data_files, image_column="img", required_columns=("label",))
         latents = load_latents(str(Path(folder, "latents")), vae, required_columns=("label",))
         collate_images = ImageCollator("img", vae.config.sample_size, label_column="label")
-        collate_latents = LatentCollator(describe_latents(vae)["shape"], label_column="label")
+        collate_latents = LatentCollator(latents_shape(vae), label_column="label")
         seconds = least_seconds(
             {
                 "images": make_steps(vae, images, collate_images, args.steps),

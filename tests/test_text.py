@@ -2,7 +2,7 @@ import pytest
 from shapes import CAPTIONS
 from transformers import AutoTokenizer
 
-from rq_hf.text import train_tokenizer
+from rq_hf.text import load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,16 @@ class TestTrainTokenizer:
         text = "A Red circle ’ç中"
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert (loaded.pad_token_id, loaded.model_max_length, loaded.padding_side) == (0, 8, "right")
+
+
+class TestLoadTokenizer:
+    def test_has_the_given_length(self, tokenizer, tmp_path):
+        tokenizer.save_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path, 5).model_max_length == 5
+
+    def test_refuses_one_without_a_padding_token(self, tmp_path):
+        unpadded = train_tokenizer(iter(CAPTIONS), vocab_size=300, max_length=8)
+        unpadded.pad_token = None
+        unpadded.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="has no padding token"):
+            load_tokenizer(tmp_path, 5)

@@ -30,7 +30,7 @@ class TestDecodeImage:
 
 
 class TestImageCollator:
-    CORRUPT = {"bytes": b"\x89PNG no picture", "path": None}
+    CORRUPT = {"bytes": b"\x89PNG no image", "path": None}
 
     def examples(self, count=4):
         return [

@@ -47,10 +47,10 @@ class TestLoadImageDataset:
     @streaming_or_not
     @pytest.mark.parametrize("pack", [None, "zip"])
     def test_reads_a_folder_of_images(self, tmp_path, streaming, pack):
-        folder = image_folder(tmp_path / "pictures")
+        folder = image_folder(tmp_path / "images")
         if pack:
             (tmp_path / "packed").mkdir()
-            shutil.make_archive(tmp_path / "packed" / "pictures", pack, folder)
+            shutil.make_archive(tmp_path / "packed" / "images", pack, folder)
             folder = tmp_path / "packed"
         dataset = load_image_dataset(dataset_name=str(folder), streaming=streaming, required_columns=("text",))
         for number, example in enumerate(dataset):
@@ -65,13 +65,13 @@ class TestLoadImageDataset:
 
     @streaming_or_not
     def test_reads_images_named_by_path(self, tmp_path, streaming):
-        folder = image_folder(tmp_path / "pictures")
+        folder = image_folder(tmp_path / "images")
         paths = [str(folder / f"{number}.png") for number in range(4)]
-        dataset = datasets.Dataset.from_dict({"picture": paths}).cast_column("picture", datasets.Image())
+        dataset = datasets.Dataset.from_dict({"photo": paths}).cast_column("photo", datasets.Image())
         dataset.to_parquet(tmp_path / "paths.parquet")
         files = str(tmp_path / "paths.parquet")
-        images = load_image_dataset(data_files=files, image_column="picture", streaming=streaming)
-        assert [decode_image(example["picture"]).tobytes() for example in images] == [
+        images = load_image_dataset(data_files=files, image_column="photo", streaming=streaming)
+        assert [decode_image(example["photo"]).tobytes() for example in images] == [
             draw_shape(number, 16).tobytes() for number in range(4)
         ]
 
@@ -104,7 +104,7 @@ class TestLoadImageDataset:
         with pytest.raises(ValueError, match="either dataset_name or data_files"):
             load_image_dataset(**sources)
 
-    @pytest.mark.parametrize("files", ["pictures.xyz", "pictures", "*"])
+    @pytest.mark.parametrize("files", ["images.xyz", "images", "*"])
     def test_names_the_kinds_of_files_it_reads(self, files):
         with pytest.raises(ValueError, match=r"\.parquet, .*\.tar, .*got '" + files.replace("*", r"\*")):
             load_image_dataset(data_files=files)

@@ -11,6 +11,7 @@ from rq_hf.data import (
     TrainingStream,
     bytes_to_latents,
     describe_latents,
+    latents_shape,
     latents_to_bytes,
     load_latents,
     write_description,
@@ -78,7 +79,7 @@ def first_epoch(dataset, collate):
 class TestLoadLatents:
     @streaming_or_not
     def test_batches_have_the_latents_with_their_conditions(self, folder, vae, vectors, streaming):
-        dataset, shape = load_latents(folder, vae, streaming), describe_latents(vae)["shape"]
+        dataset, shape = load_latents(folder, vae, streaming), latents_shape(vae)
         by_class = first_epoch(dataset, LatentCollator(shape, label_column="label"))
         by_text = first_epoch(dataset, LatentCollator(shape, text_column="text", tokenizer=tiny_tokenizer()))
         seen, stored = [], vectors.bfloat16()

@@ -177,7 +177,7 @@ class TestExtraction:
             (["--text_column", "caption"], "no column 'caption'; its columns are ['image', 'text', 'label']"),
             (["--batch_size", 0], "--batch_size must be at least 1, got 0"),
             (["--rows_per_file", 0], "--rows_per_file must be at least 1, got 0"),
-            (["--dataset_name", "user/pictures"], "expected either dataset_name or data_files"),
+            (["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
             (["--random_flip"], "random_flip"),
         ],
     )
@@ -198,7 +198,7 @@ class TestCorruptImage:
     def corrupt_files(self, tmp_path):
         """Example 13 has an image that cannot be decoded."""
         rows = create_shapes(COUNT, 16).cast_column("image", datasets.Image(decode=False)).to_list()
-        rows[13]["image"]["bytes"] = b"no picture"
+        rows[13]["image"]["bytes"] = b"no image"
         dataset = datasets.Dataset.from_list(rows, features=create_shapes(1).features)
         return write_parquet(dataset, tmp_path / "corrupt")
 

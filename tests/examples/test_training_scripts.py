@@ -67,7 +67,7 @@ def command(tmp_path_factory, shape_files):
     return arguments
 
 
-def draw(pipe):
+def sample(pipe):
     generator = torch.Generator().manual_seed(0)
     if pipe.is_text_conditional:
         return pipe("a small red circle", generator=generator)
@@ -103,9 +103,9 @@ class TestLaunched:
         assert vae.decode_codes(codes).sample.shape == pixels.shape
 
     @pytest.mark.parametrize("script", [TEXT, CLASSES], ids=lambda path: path.stem)
-    def test_pipeline_loads_and_draws(self, launched, script):
+    def test_pipeline_loads_and_samples(self, launched, script):
         pipe = RQPipeline.from_pretrained(launched[0][script] / "pipeline")
-        output = draw(pipe)
+        output = sample(pipe)
         assert output.images[0].size == (RESOLUTION, RESOLUTION)
         assert output.codes.shape == (1, GRID, GRID, DEPTH)
         assert torch.equal(pipe.transformer.codebook, pipe.vae.quantizer.codebook)
@@ -126,16 +126,16 @@ class TestLaunched:
         assert all(np.isfinite(value) for line in lines for value in line.values())
 
     @each_script
-    def test_tensorboard_has_curves_and_pictures(self, launched, script):
+    def test_tensorboard_has_curves_and_images(self, launched, script):
         events = EventAccumulator(str(launched[0][script] / "logs")).Reload()
         assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1))
-        pictures = "reconstructions" if script == RQVAE else "samples"
-        assert [event.step for event in events.Images(pictures)] == [3, 6]
+        images = "reconstructions" if script == RQVAE else "samples"
+        assert [event.step for event in events.Images(images)] == [3, 6]
 
     @pytest.mark.parametrize(
         ("script", "name", "count"), [(RQVAE, "reconstructions", 32), (TEXT, "samples", 2), (CLASSES, "samples", 3)]
     )
-    def test_picture_grids_show_all_pictures(self, launched, script, name, count):
+    def test_image_grids_show_all_images(self, launched, script, name, count):
         folder = launched[0][script] / "images"
         assert sorted(path.name for path in folder.iterdir()) == [f"{name}-000000{step}.png" for step in (3, 6)]
         grid = Image.open(folder / f"{name}-0000006.png")
@@ -265,7 +265,7 @@ def test_rqvae_options_reach_the_model(options, expected, command, tmp_path):
 @pytest.mark.parametrize("labels", [["--labels", "hard"], ["--no_stochastic_codes"]], ids=["hard", "nearest codes"])
 def test_other_labels_train_too(script, labels, command, tmp_path):
     finish(script, command(script, tmp_path / "run", "--max_train_steps", 2, *labels))
-    draw(RQPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
+    sample(RQPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
 
 
 def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
@@ -274,7 +274,7 @@ def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
     finish(CLASSES, arguments[:at] + arguments[at + 2 :])
     pipe = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert not pipe.is_class_conditional
-    assert draw(pipe).images[0].size == (RESOLUTION, RESOLUTION)
+    assert sample(pipe).images[0].size == (RESOLUTION, RESOLUTION)
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir())[-1] == "samples-0000006.png"
 
 
@@ -350,7 +350,7 @@ def test_help_shows_the_manual(script):
 def corrupt_files(tmp_path_factory):
     """Example 13 has an image that cannot be decoded."""
     rows = create_shapes(COUNT, RESOLUTION).cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[13]["image"]["bytes"] = b"no picture"
+    rows[13]["image"]["bytes"] = b"no image"
     features = create_shapes(1).features
     return write_parquet(datasets.Dataset.from_list(rows, features=features), tmp_path_factory.mktemp("corrupt"))
 

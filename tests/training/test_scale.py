@@ -48,7 +48,7 @@ def assert_same_states(folder, expected_folder, world_size):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """(script, folder, further options) -> its command line: a shuffled stream, dropout, mirroring, drawn codes."""
+    """(script, folder, further options) -> its command line: a shuffled stream, dropout, mirroring, sampled codes."""
     folder = tmp_path_factory.mktemp("sources")
     files = write_shapes(folder / "shapes", count=20, resolution=RESOLUTION, num_shards=3)
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}

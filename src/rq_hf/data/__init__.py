@@ -2,6 +2,7 @@ from .collators import ImageCollator, LatentCollator, decode_image
 from .latents import (
     bytes_to_latents,
     describe_latents,
+    latents_shape,
     latents_to_bytes,
     load_latents,
     write_description,
@@ -17,6 +18,7 @@ __all__ = [
     "bytes_to_latents",
     "decode_image",
     "describe_latents",
+    "latents_shape",
     "latents_to_bytes",
     "load_image_dataset",
     "load_latents",

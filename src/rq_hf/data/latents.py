@@ -20,15 +20,20 @@ DESCRIPTION = "latents.json"
 DTYPE = torch.bfloat16
 
 
-def describe_latents(vae: RQVAEModel) -> dict:
-    """What distinguishes the latents of `vae`: their shape `(H, W, C)`, how they are stored, and a fingerprint of the
-    weights that codes depend on."""
+def latents_shape(vae: RQVAEModel) -> tuple[int, int, int]:
+    """`(H, W, C)` of the latents of an image."""
     height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
+    return height, width, vae.config.codebook_dim
+
+
+def describe_latents(vae: RQVAEModel) -> dict:
+    """What distinguishes the latents of `vae`: their shape, how they are stored, and a fingerprint of the weights that
+    codes depend on."""
     fingerprint = hashlib.sha256()
     for _, weight in sorted(vae.encoding_state_dict().items()):
         fingerprint.update(weight.float().cpu().numpy().tobytes())
     return {
-        "shape": [height, width, vae.config.codebook_dim],
+        "shape": list(latents_shape(vae)),
         "dtype": str(DTYPE).removeprefix("torch."),
         "rqvae_sha256": fingerprint.hexdigest(),
     }

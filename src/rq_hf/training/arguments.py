@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import HfArgumentParser
 
-from ..data import ImageCollator, LatentCollator, TrainingStream, describe_latents, load_image_dataset, load_latents
+from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
 from ..data.loading import BUILDERS
 from ..models import RQTransformerModel, RQVAEModel
 from .checkpoints import Checkpoints
@@ -277,7 +277,7 @@ class TransformerArguments:
     ) -> ImageCollator | LatentCollator:
         """For the examples of [`load_dataset`]; `conditions` are the columns and the tokenizer."""
         if self.latents is not None:
-            return LatentCollator(describe_latents(vae)["shape"], **conditions)
+            return LatentCollator(latents_shape(vae), **conditions)
         return data.create_collator(vae.config.sample_size, random_flip=data.random_flip, **conditions)
 
     def create_model(self, vae: RQVAEModel, **conditions) -> RQTransformerModel:

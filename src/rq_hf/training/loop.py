@@ -21,6 +21,8 @@ from .ema import EMA
 from .launch import check_launch
 from .trackers import JSONLinesTracker, Meter
 
+SCHEDULERS = {"cosine": "cosine", "constant": "constant_with_warmup"}
+
 
 @dataclass
 class LossOutput:
@@ -71,8 +73,13 @@ def create_accelerator(
     seed: int = 0,
 ) -> Accelerator:
     """
-    Accelerator that logs to `output_dir/log.jsonl` and, with `report_to="tensorboard"`, to TensorBoard; seeds all
-    generators, differently on every rank. The other arguments are those of [`Accelerator`] and [`train`].
+    Accelerator that logs to `output_dir/log.jsonl`; seeds all generators, differently on every rank.
+
+    Args:
+        resume_from: the checkpoint that [`train`] will resume from, if any.
+        cpu, mixed_precision, gradient_accumulation_steps: see [`Accelerator`].
+        train_batch_size: images per process and backward pass, for DeepSpeed.
+        report_to: `"tensorboard"`, to log there as well, or `"none"`.
 
     Raises:
         `ValueError`: a new run would overwrite the checkpoints of an old one, or accelerate ignored a launch option.
@@ -139,9 +146,11 @@ def create_optimizer(
 
 
 def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num_training_steps: int) -> LRScheduler:
-    """After a linear warm-up, a `"cosine"` to zero or a `"constant"` learning rate."""
-    name = {"cosine": "cosine", "constant": "constant_with_warmup"}[name]
-    return get_scheduler(name, optimizer, num_warmup_steps, num_training_steps)
+    """After a linear warm-up, a `"cosine"` to zero or a `"constant"` learning rate. Raises `ValueError` for another
+    name."""
+    if name not in SCHEDULERS:
+        raise ValueError(f"the scheduler must be 'cosine' or 'constant', got {name!r}")
+    return get_scheduler(SCHEDULERS[name], optimizer, num_warmup_steps, num_training_steps)
 
 
 def train(

@@ -181,7 +181,7 @@ def train_pipeline(
         stream,
         compute_loss,
         hooks=[ShardedGeneration()],
-        evaluate=samples and functools.partial(log_samples, accelerator, pipeline, samples),
+        evaluate=None if samples is None else functools.partial(log_samples, accelerator, pipeline, samples),
         units_per_image={"codes": math.prod(pipeline.transformer.config.code_shape)},
         **options,
     )
