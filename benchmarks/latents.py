@@ -1,16 +1,15 @@
 """
-Training stage 2 on latents against training it on pictures, with CIFAR-10 (a few minutes, on a CPU).
+Training stage 2 on latents against training it on images, with CIFAR-10 (a few minutes, on a CPU).
 
     python benchmarks/latents.py --data_files 'cifar10/train-00000-*.parquet'
 
-Whole training steps of a small transformer: read a batch of 64, decode and encode it or not, draw codes, loss with
+Whole training steps of a small transformer: read a batch of 64, decode and encode it or not, sample codes, loss with
 soft labels, backward, AdamW; in float32, on one thread. The RQ-VAE is that of rate_distortion.py (4×4×4, K = 512)
 with random weights: speed does not depend on them. Time is the least of interleaved repeats. What is saved is decoding
 and encoding; how much of a step that is depends on the sizes of RQ-VAE and transformer.
 """
 
 import argparse
-import contextlib
 import itertools
 import subprocess
 import sys
@@ -19,38 +18,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cifar10 import create_rqvae
 from measure import least_seconds
-from rate_distortion import create_model
 
 from rq_hf import RQVAEModel
-from rq_hf.data import DataArguments, TrainingStream
-from rq_hf.training.rq_transformer import (
-    TransformerArguments,
-    TransformerLoss,
-    create_collator,
-    create_transformer,
-    load_examples,
+from rq_hf.data import (
+    ImageCollator,
+    LatentCollator,
+    TrainingStream,
+    latents_shape,
+    load_image_dataset,
+    load_latents,
 )
+from rq_hf.training import RQTransformerLoss, create_transformer
 
 EXTRACT = Path(__file__).parents[1] / "examples" / "extract_latents.py"
 BATCH_SIZE = 64
-TRANSFORMER = {"hidden_size": 128, "spatial_layers": 4, "depth_layers": 2, "num_attention_heads": 4}
+TRANSFORMER = {
+    "hidden_size": 128,
+    "spatial_layers": 4,
+    "depth_layers": 2,
+    "num_attention_heads": 4,
+    "cond_vocab_size": 11,
+    "null_cond_id": 10,
+}
 
 
-def make_steps(vae: RQVAEModel, data: DataArguments, steps: int, **arguments) -> Callable:
-    """A function that makes `steps` training steps of a new transformer, going on where it stopped."""
-    args = TransformerArguments("vae", **TRANSFORMER, **arguments)
-    collate = create_collator(vae, args, data, label_column="label")
-    dataset = load_examples(vae, args, data, required_columns=("label",))
+def make_steps(vae: RQVAEModel, dataset, collate: Callable, steps: int) -> Callable:
+    """A function that makes `steps` training steps of a new transformer, continuing where it stopped."""
     batches = iter(TrainingStream(dataset, collate, BATCH_SIZE, seed=0))
     torch.manual_seed(0)
-    transformer = create_transformer(vae, args, cond_vocab_size=11, null_cond_id=10).train()
-    compute_loss = TransformerLoss(vae, transformer.config, args, contextlib.nullcontext)
+    transformer = create_transformer(vae, **TRANSFORMER).train()
+    compute_loss = RQTransformerLoss(vae, null_cond_id=transformer.config.null_cond_id)
     optimizer = torch.optim.AdamW(transformer.parameters())
 
     def run():
         for batch in itertools.islice(batches, steps):
-            compute_loss(transformer, batch)[0].backward()
+            compute_loss(transformer, batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -67,23 +71,26 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        create_model(codebook_size=512, depth=4).save_pretrained(Path(folder, "rqvae"))
+        create_rqvae(codebook_size=512, depth=4).save_pretrained(Path(folder, "rqvae"))
         source = ["--data_files", args.data_files, "--image_column", "img", "--label_column", "label"]
         output = ["--rqvae", str(Path(folder, "rqvae")), "--output_dir", str(Path(folder, "latents")), "--cpu"]
         subprocess.run([sys.executable, EXTRACT, *source, *output], check=True)
 
         vae = RQVAEModel.from_pretrained(Path(folder, "rqvae"))
-        pictures = DataArguments(data_files=args.data_files, image_column="img")
+        images = load_image_dataset(data_files=args.data_files, image_column="img", required_columns=("label",))
+        latents = load_latents(str(Path(folder, "latents")), vae, required_columns=("label",))
+        collate_images = ImageCollator("img", vae.config.sample_size, label_column="label")
+        collate_latents = LatentCollator(latents_shape(vae), label_column="label")
         seconds = least_seconds(
             {
-                "pictures": make_steps(vae, pictures, args.steps),
-                "latents": make_steps(vae, DataArguments(), args.steps, latents=str(Path(folder, "latents"))),
+                "images": make_steps(vae, images, collate_images, args.steps),
+                "latents": make_steps(vae, latents, collate_latents, args.steps),
             },
             args.repeats,
         )
     for name, value in seconds.items():
         print(f"{name}: {args.steps * BATCH_SIZE / value:.0f} images/s")
-    print(f"latents / pictures: {seconds['pictures'] / seconds['latents']:.2f} times the images/s")
+    print(f"latents / images: {seconds['images'] / seconds['latents']:.2f} times the images/s")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ A training step of RQ-VAE against the authors' implementation, with the same wei
     git clone https://github.com/kakaobrain/rq-vae-transformer REFERENCE
     python benchmarks/training_step.py --reference REFERENCE
 
-8 pictures of 64×64, ch 64, ch_mult [1, 2, 2], attention at 16×16, K = 2048, D = 4, C = 256, float32: forward, mean
+8 images of 64×64, ch 64, ch_mult [1, 2, 2], attention at 16×16, K = 2048, D = 4, C = 256, float32: forward, mean
 squared error + 0.25 · commitment loss, backward, and a step of Adam; no adversary. The model is theirs, converted; the
 losses of the first step are compared. `rq_hf, bf16` is the same under autocast, for information. Without --reference,
 only `rq_hf` is measured.
 
 Time is the least of interleaved repeats, in one process. Memory is the most that is resident during the first step
-beyond the model and the pictures, each in a process of its own. Aim: at least as fast as theirs.
+beyond the model and the images, each in a process of its own. Aim: at least as fast as theirs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from measure import import_reference, least_seconds, peak_mebibytes, print_compa
 
 from rq_hf import RQVAEModel
 from rq_hf.convert.configs import Section, rqvae_config
-from rq_hf.convert.weights import joined, rqvae_weights
+from rq_hf.convert.weights import concatenate, rqvae_weights
 
 CONFIG = """
 arch:
@@ -47,12 +47,12 @@ def make_ours(reference):
     model = RQVAEModel(**rqvae_config(Section(yaml.safe_load(CONFIG))))
     if reference:
         weights = rqvae_weights(make_theirs(reference).state_dict(), model)
-        model.load_state_dict({name: joined(parts).clone() for name, parts in weights.items()})
+        model.load_state_dict({name: concatenate(parts).clone() for name, parts in weights.items()})
     return model
 
 
 def make_step(name, reference):
-    """A step of training on the same pictures each time: a function without arguments that returns the loss."""
+    """A step of training on the same images each time: a function without arguments that returns the loss."""
     model = make_theirs(reference) if name == "authors" else make_ours(reference)
     model.train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-4)

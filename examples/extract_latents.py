@@ -1,23 +1,21 @@
-"""Encode every picture of a data set once, so that stage 2 trains on latents: no pictures to decode and encode again.
+"""Encode every image of a data set once, so that stage 2 trains on latents without decoding and encoding images.
 
-Captioned pictures, and the training on them:
-    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name user/captioned-pictures \\
+Captioned images, and the training on them:
+    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name user/captioned-images \\
         --text_column text --mixed_precision bf16 --output_dir data/latents
     accelerate launch examples/train_t2i.py --rqvae runs/rqvae/rqvae --latents data/latents ...
-Labelled pictures, every one also mirrored:
+Labelled images, each one also mirrored:
     accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name uoft-cs/cifar10 \\
         --image_column img --label_column label --mirror --output_dir data/latents
     accelerate launch examples/train_class_conditional.py --rqvae runs/rqvae/rqvae --latents data/latents ...
 Eight GPUs:
     accelerate launch --multi_gpu --num_processes 8 examples/extract_latents.py ...
 
-OUTPUT_DIR appears when all is written: parquet files with the captions or classes and a column `latents`, the bytes of
-the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint of the
-RQ-VAE, so that another one is refused. Codes are not stored: training draws them anew in every epoch.
+OUTPUT_DIR appears when everything is written: parquet files with the captions or classes and a column `latents`, the
+bytes of the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint
+of the RQ-VAE, so that another one is refused. Codes are not stored: training samples them again in every epoch.
 """
 
-import itertools
-import json
 import os
 import shutil
 from collections import Counter
@@ -34,9 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from rq_hf import RQVAEModel
-from rq_hf.data import Collator, SourceArguments, load_images
-from rq_hf.training import parse_arguments
-from rq_hf.training.rq_transformer import LATENTS_DESCRIPTION, describe_latents
+from rq_hf.data import ImageCollator, latents_to_bytes, write_description, write_latents
+from rq_hf.training import DatasetArguments, parse_arguments
 
 
 @dataclass
@@ -48,9 +45,10 @@ class ExtractionArguments:
     text_column: str | None = field(default=None, metadata={"help": "Column with captions to keep."})
     label_column: str | None = field(default=None, metadata={"help": "Column with classes to keep."})
     mirror: bool = field(
-        default=False, metadata={"help": "Store every picture a second time, mirrored: --random_flip of the training."}
+        default=False,
+        metadata={"help": "Store every image a second time, mirrored; replaces --random_flip in training."},
     )
-    batch_size: int = field(default=64, metadata={"help": "Images per process that are encoded at a time."})
+    batch_size: int = field(default=64, metadata={"help": "Images that each process encodes at a time."})
     rows_per_file: int = field(default=10_000, metadata={"help": "Rows per parquet file, held in memory until then."})
     mixed_precision: str | None = field(
         default=None,
@@ -71,7 +69,7 @@ class ExtractionArguments:
         return tuple(column for column in (self.text_column, self.label_column) if column is not None)
 
 
-def collate(examples: list[dict], collator: Collator, columns: tuple[str, ...]) -> dict:
+def collate(examples: list[dict], collator: ImageCollator, columns: tuple[str, ...]) -> dict:
     """Examples -> `pixels` `(B, 3, height, width)`, `rows` of the columns to keep, and the number of
     `skipped_images`."""
     pixels, decoded = collator.decode(examples)
@@ -79,10 +77,33 @@ def collate(examples: list[dict], collator: Collator, columns: tuple[str, ...]) 
     return {"pixels": pixels, "rows": rows, "skipped_images": len(examples) - len(rows)}
 
 
+def create_loader(
+    accelerator: Accelerator, data: DatasetArguments, args: ExtractionArguments, dataset, resolution: int
+) -> DataLoader:
+    """This rank's share of the data set, in batches of [`collate`]."""
+    collator = data.create_collator(resolution)
+    return DataLoader(
+        split_dataset_by_node(dataset, accelerator.process_index, accelerator.num_processes),
+        batch_size=args.batch_size,
+        collate_fn=partial(collate, collator=collator, columns=args.kept_columns),
+        num_workers=data.dataloader_num_workers,
+    )
+
+
+def stored_features(args: ExtractionArguments, dataset) -> datasets.Features:
+    """Types of the columns to write; a stream need not declare its own."""
+    declared = dataset.features or {}
+    features = datasets.Features({"latents": datasets.Value("binary")})
+    for column, kind in ((args.text_column, "string"), (args.label_column, "int64")):
+        if column is not None:
+            features[column] = declared.get(column, datasets.Value(kind))
+    return features
+
+
 def encode(
     batches: Iterable[dict], vae: RQVAEModel, accelerator: Accelerator, mirror: bool, counts: Counter
 ) -> Iterator[dict]:
-    """Batches of `collate` -> rows with latents; counts them and the skipped images."""
+    """Batches of [`collate`] -> rows with latents; counts them and the skipped images."""
     for batch in batches:
         pixels, rows = batch["pixels"], batch["rows"]
         counts["skipped_images"] += batch["skipped_images"]
@@ -92,48 +113,20 @@ def encode(
             pixels, rows = torch.cat([pixels, pixels.flip(-1)]), rows * 2
         with torch.no_grad(), accelerator.autocast():
             vectors = vae.latents_to_vectors(vae.encode(pixels.to(accelerator.device)).latents)  # (B, H, W, C)
-        for latents, row in zip(vectors.bfloat16().cpu(), rows):
-            counts["rows"] += 1
-            yield {"latents": latents.contiguous().view(torch.uint8).numpy().tobytes(), **row}
-
-
-def write_parquet(rows: Iterator[dict], features: datasets.Features, folder: Path, name: str, per_file: int) -> None:
-    """Writes rows to files of `per_file` rows."""
-    for number in itertools.count():
-        shard = list(itertools.islice(rows, per_file))
-        if not shard:
-            return
-        datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{name}-{number:05d}.parquet")
+        counts["rows"] += len(rows)
+        for latents, row in zip(latents_to_bytes(vectors), rows):
+            yield {"latents": latents, **row}
 
 
 def main() -> None:
-    data, args = parse_arguments(SourceArguments, ExtractionArguments, description=__doc__)
+    data, args = parse_arguments(DatasetArguments, ExtractionArguments, description=__doc__)
     output_dir = Path(args.output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
-    dataset = load_images(data, required_columns=args.kept_columns)
-    datasets.disable_progress_bars()  # those of writing the files; there is one of all batches
-
-    collator = Collator(
-        data.image_column,
-        vae.config.sample_size,
-        skip_corrupt_images=data.skip_corrupt_images,
-        center_crop=data.center_crop,
-    )
-    loader = DataLoader(
-        split_dataset_by_node(dataset, rank, world_size),
-        batch_size=args.batch_size,
-        collate_fn=partial(collate, collator=collator, columns=args.kept_columns),
-        num_workers=data.dataloader_num_workers,
-    )
-    declared = dataset.features or {}  # a stream need not declare its columns
-    features = datasets.Features({"latents": datasets.Value("binary")})
-    for column, kind in ((args.text_column, "string"), (args.label_column, "int64")):
-        if column is not None:
-            features[column] = declared.get(column, datasets.Value(kind))
+    dataset = data.load(required_columns=args.kept_columns)
+    loader = create_loader(accelerator, data, args, dataset, vae.config.sample_size)
 
     unfinished = output_dir.with_name(f"unfinished-{output_dir.name}")
     if accelerator.is_main_process:
@@ -141,15 +134,18 @@ def main() -> None:
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
     counts = Counter()
+    datasets.disable_progress_bars()  # those of writing the files; there is one of all batches
     batches = tqdm(loader, desc="encoding", unit="batch", disable=not accelerator.is_local_main_process)
     rows = encode(batches, vae, accelerator, args.mirror, counts)
-    write_parquet(rows, features, unfinished, f"latents-{rank:03d}", args.rows_per_file)
+    prefix = f"latents-{accelerator.process_index:03d}"
+    write_latents(rows, stored_features(args, dataset), unfinished, prefix, args.rows_per_file)
+
     own = torch.tensor([counts["rows"], counts["skipped_images"]], device=accelerator.device)
-    written, skipped = accelerator.reduce(own, "sum").tolist()  # which waits for the files of all processes
+    written, skipped = accelerator.reduce(own, "sum").tolist()  # waits for the files of all processes
     if not written:
         raise ValueError(f"the data set has no images to encode ({skipped} could not be decoded)")
     if accelerator.is_main_process:
-        (unfinished / LATENTS_DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+        write_description(unfinished, vae)
         os.rename(unfinished, output_dir)
     accelerator.print(f"saved {written:,} rows in {output_dir}; {skipped:,} images could not be decoded")
     accelerator.end_training()

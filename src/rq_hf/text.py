@@ -1,10 +1,12 @@
-"""Captions as token ids, by one rule for training, sampling and previews."""
+"""Tokenizers, and captions as token ids: one rule for training, sampling and previews."""
 
+import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def encode_captions(
@@ -39,3 +41,33 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> P
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", model_max_length=max_length, padding_side="right"
     )
+
+
+def load_tokenizer(name: str | Path, length: int) -> PreTrainedTokenizerBase:
+    """
+    A tokenizer for captions of `length` tokens, from a folder or a Hub id.
+
+    Raises `ValueError` for a tokenizer without a padding token, which stands for "no text".
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer {name} has no padding token, which stands for 'no text'")
+    tokenizer.model_max_length = length
+    return tokenizer
+
+
+def with_bpe_dropout(tokenizer: PreTrainedTokenizerBase, dropout: float) -> PreTrainedTokenizerBase:
+    """
+    A copy that leaves out a share of the merges at random (Provilkov et al., 2020), for training only; the tokenizer
+    itself where `dropout` is 0.
+
+    Raises `ValueError` for a tokenizer that is not a BPE tokenizer of the tokenizers library.
+    """
+    if not dropout:
+        return tokenizer
+    found = tokenizer.backend_tokenizer.model if tokenizer.is_fast else tokenizer
+    if not isinstance(found, models.BPE):
+        raise ValueError(f"bpe_dropout needs a BPE tokenizer of the tokenizers library, got {type(found).__name__}")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.model.dropout = dropout
+    return tokenizer

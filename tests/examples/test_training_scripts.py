@@ -1,7 +1,5 @@
-import importlib.util
 import json
 import signal
-import sys
 
 import datasets
 import numpy as np
@@ -29,13 +27,13 @@ from scripts import (
     finish,
     launch,
     logged,
-    prepare,
     start,
 )
 from shapes import CAPTIONS, SHAPES, create_shapes, draw_shape, write_parquet, write_shapes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from training_process import train_and_keep
 from transformers import PreTrainedTokenizerFast
 
 from rq_hf import RQPipeline, RQVAEModel
@@ -69,7 +67,7 @@ def command(tmp_path_factory, shape_files):
     return arguments
 
 
-def draw(pipe):
+def sample(pipe):
     generator = torch.Generator().manual_seed(0)
     if pipe.is_text_conditional:
         return pipe("a small red circle", generator=generator)
@@ -105,9 +103,9 @@ class TestLaunched:
         assert vae.decode_codes(codes).sample.shape == pixels.shape
 
     @pytest.mark.parametrize("script", [TEXT, CLASSES], ids=lambda path: path.stem)
-    def test_pipeline_loads_and_draws(self, launched, script):
+    def test_pipeline_loads_and_samples(self, launched, script):
         pipe = RQPipeline.from_pretrained(launched[0][script] / "pipeline")
-        output = draw(pipe)
+        output = sample(pipe)
         assert output.images[0].size == (RESOLUTION, RESOLUTION)
         assert output.codes.shape == (1, GRID, GRID, DEPTH)
         assert torch.equal(pipe.transformer.codebook, pipe.vae.quantizer.codebook)
@@ -128,16 +126,16 @@ class TestLaunched:
         assert all(np.isfinite(value) for line in lines for value in line.values())
 
     @each_script
-    def test_tensorboard_has_curves_and_pictures(self, launched, script):
+    def test_tensorboard_has_curves_and_images(self, launched, script):
         events = EventAccumulator(str(launched[0][script] / "logs")).Reload()
         assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1))
-        pictures = "reconstructions" if script == RQVAE else "samples"
-        assert [event.step for event in events.Images(pictures)] == [3, 6]
+        images = "reconstructions" if script == RQVAE else "samples"
+        assert [event.step for event in events.Images(images)] == [3, 6]
 
     @pytest.mark.parametrize(
         ("script", "name", "count"), [(RQVAE, "reconstructions", 32), (TEXT, "samples", 2), (CLASSES, "samples", 3)]
     )
-    def test_picture_grids_show_all_pictures(self, launched, script, name, count):
+    def test_image_grids_show_all_images(self, launched, script, name, count):
         folder = launched[0][script] / "images"
         assert sorted(path.name for path in folder.iterdir()) == [f"{name}-000000{step}.png" for step in (3, 6)]
         grid = Image.open(folder / f"{name}-0000006.png")
@@ -183,30 +181,12 @@ def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(script, reading, c
     assert [line["step"] for line in logged(tmp_path / "killed")] == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
-def train_and_keep(script, arguments, folder):
-    """Runs a script; every rank puts the weights it ends with into a file."""
-    prepare(folder)
-    spec = importlib.util.spec_from_file_location("example", script)
-    example = sys.modules["example"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    save_finished = example.save_finished
-
-    def save_every_rank(accelerator, result, *further):
-        model = getattr(result, "transformer", result)
-        torch.save(model.state_dict(), folder / f"{accelerator.process_index}.pt")
-        save_finished(accelerator, result, *further)
-
-    example.save_finished = save_every_rank
-    sys.argv = [str(script), *arguments]
-    example.main()
-
-
 @each_script
 @streaming_or_not
 def test_two_processes_end_with_the_same_weights(script, streaming, command, tmp_path):
     further = ["--train_batch_size", 4, "--gradient_accumulation_steps", 2]
     arguments = command(script, tmp_path / "run", *streaming, *further)
-    for outcome in run_group(2, train_and_keep, script, arguments, tmp_path):
+    for outcome in run_group(2, train_and_keep, tmp_path, script, arguments):
         assert outcome.code == 0, outcome.output
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -230,13 +210,13 @@ def test_gradient_checkpointing_changes_nothing(script, command, tmp_path):
 
 
 # The discriminator learns from step 2 on, and reaches the RQ-VAE at step 4.
-ADVERSARY = ["--discriminator_weight", 0.5, "--discriminator_width", 4, "--discriminator_layers", 1]
-ADVERSARY += ["--discriminator_start", 1, "--discriminator_warmup_steps", 2]
+DISCRIMINATOR = ["--discriminator_weight", 0.5, "--discriminator_width", 4, "--discriminator_layers", 1]
+DISCRIMINATOR += ["--discriminator_start", 1, "--discriminator_warmup_steps", 2]
 
 
-def test_resumed_run_with_an_adversary_ends_with_the_weights_of_an_unbroken_one(command, tmp_path):
-    finish(RQVAE, command(RQVAE, tmp_path / "unbroken", *ADVERSARY))
-    arguments = command(RQVAE, tmp_path / "killed", *ADVERSARY, "--resume_from_checkpoint", "latest")
+def test_resumed_run_with_a_discriminator_ends_with_the_weights_of_an_unbroken_one(command, tmp_path):
+    finish(RQVAE, command(RQVAE, tmp_path / "unbroken", *DISCRIMINATOR))
+    arguments = command(RQVAE, tmp_path / "killed", *DISCRIMINATOR, "--resume_from_checkpoint", "latest")
     assert start(RQVAE, arguments, die_at="checkpoint-4/optimizer.bin").code == -signal.SIGKILL
     finish(RQVAE, arguments)
     assert_same_weights(RQVAE, tmp_path / "killed", tmp_path / "unbroken")
@@ -245,9 +225,9 @@ def test_resumed_run_with_an_adversary_ends_with_the_weights_of_an_unbroken_one(
     assert [step for step in steps if "loss_generator" in steps[step]] == [4, 5, 6]
 
 
-def test_two_processes_with_an_adversary_end_with_the_same_weights(command, tmp_path):
-    arguments = command(RQVAE, tmp_path / "run", *ADVERSARY, "--train_batch_size", 4)
-    for outcome in run_group(2, train_and_keep, RQVAE, arguments, tmp_path):
+def test_two_processes_with_a_discriminator_end_with_the_same_weights(command, tmp_path):
+    arguments = command(RQVAE, tmp_path / "run", *DISCRIMINATOR, "--train_batch_size", 4)
+    for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, arguments):
         assert outcome.code == 0, outcome.output
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
@@ -282,9 +262,10 @@ def test_rqvae_options_reach_the_model(options, expected, command, tmp_path):
 
 
 @pytest.mark.parametrize("script", [TEXT, CLASSES], ids=lambda path: path.stem)
-def test_hard_labels_train_too(script, command, tmp_path):
-    finish(script, command(script, tmp_path / "run", "--max_train_steps", 2, "--labels", "hard"))
-    draw(RQPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
+@pytest.mark.parametrize("labels", [["--labels", "hard"], ["--no_stochastic_codes"]], ids=["hard", "nearest codes"])
+def test_other_labels_train_too(script, labels, command, tmp_path):
+    finish(script, command(script, tmp_path / "run", "--max_train_steps", 2, *labels))
+    sample(RQPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
 
 
 def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
@@ -293,7 +274,7 @@ def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
     finish(CLASSES, arguments[:at] + arguments[at + 2 :])
     pipe = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert not pipe.is_class_conditional
-    assert draw(pipe).images[0].size == (RESOLUTION, RESOLUTION)
+    assert sample(pipe).images[0].size == (RESOLUTION, RESOLUTION)
     assert sorted(path.name for path in (tmp_path / "run" / "images").iterdir())[-1] == "samples-0000006.png"
 
 
@@ -345,7 +326,7 @@ def test_bpe_dropout_needs_bpe(command, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "tokenizer")
     options = ["--tokenizer", tmp_path / "tokenizer", "--bpe_dropout", 0.1]
     outcome = start(TEXT, command(TEXT, tmp_path / "run", *options))
-    assert "--bpe_dropout needs a BPE tokenizer of the tokenizers library, got WordLevel" in outcome.output
+    assert "bpe_dropout needs a BPE tokenizer of the tokenizers library, got WordLevel" in outcome.output
 
 
 def test_refused_run_leaves_the_tokenizer_of_the_old_one(command, tmp_path):
@@ -369,7 +350,7 @@ def test_help_shows_the_manual(script):
 def corrupt_files(tmp_path_factory):
     """Example 13 has an image that cannot be decoded."""
     rows = create_shapes(COUNT, RESOLUTION).cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[13]["image"]["bytes"] = b"no picture"
+    rows[13]["image"]["bytes"] = b"no image"
     features = create_shapes(1).features
     return write_parquet(datasets.Dataset.from_list(rows, features=features), tmp_path_factory.mktemp("corrupt"))
 
@@ -381,7 +362,7 @@ class TestCorruptImage:
         outcome = start(script, command(script, tmp_path / "run", "--data_files", corrupt_files, *streaming))
         assert outcome.code == 1
         assert "the image of example 13 cannot be decoded" in outcome.output
-        assert "--skip_corrupt_images" in outcome.output
+        assert "skip_corrupt_images leaves such examples out" in outcome.output
 
     def test_can_be_skipped_and_is_counted(self, script, streaming, command, corrupt_files, tmp_path):
         further = ["--data_files", corrupt_files, *streaming, "--skip_corrupt_images"]
@@ -396,9 +377,9 @@ class TestCorruptImage:
         (TEXT, ["--text_column", "caption"], r"no column 'caption'; its columns are ['image', 'text', 'label']"),
         (CLASSES, ["--label_column", "kind"], r"no column 'kind'; its columns are ['image', 'text', 'label']"),
         (RQVAE, ["--resolution", "18"], "--resolution must be divisible by 4, got 18"),
-        (RQVAE, ["--dataset_name", "user/pictures"], "give one of --dataset_name and --data_files"),
+        (RQVAE, ["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
         (RQVAE, ["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
-        (RQVAE, ["--perceptual_weight", "1"], "--perceptual_weight 0 trains without"),
+        (RQVAE, ["--perceptual_weight", "1"], "--perceptual_weight 0 disables it"),
         (RQVAE, ["--quantizer_dropout", "2"], "quantizer_dropout must lie in [0, 1], got 2.0"),
         (RQVAE, ["--validation_split", "a", "--validation_files", "b"], "at most one of --validation_split"),
         (TEXT, ["--cond_dropout", "1"], "--cond_dropout must lie in [0, 1), got 1.0"),

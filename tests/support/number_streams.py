@@ -11,12 +11,16 @@ def numbers(count, num_shards=None):
     return dataset if num_shards is None else dataset.to_iterable_dataset(num_shards)
 
 
+def batch_of(values):
+    return {"values": values, "counts": {"images": len(values)}}
+
+
 def collate_numbers(examples):
-    return [example["number"] for example in examples]
+    return batch_of([example["number"] for example in examples])
 
 
 def collate_random_numbers(examples):
-    return torch.rand(len(examples)).tolist()
+    return batch_of(torch.rand(len(examples)).tolist())
 
 
 def number_stream(dataset, collate=collate_numbers, batch_size=2, seed=0, shuffle_buffer_size=4, **kwargs):
@@ -24,10 +28,10 @@ def number_stream(dataset, collate=collate_numbers, batch_size=2, seed=0, shuffl
 
 
 def epochs(count, *arguments, **kwargs):
-    """The batches of the first epochs."""
+    """The values of all batches of the first epochs."""
     stream = number_stream(*arguments, **kwargs)
     batches = [[] for _ in range(count)]
     for batch in stream:
         if stream.epoch == count:
             return batches
-        batches[stream.epoch].append(batch)
+        batches[stream.epoch].append(batch["values"])

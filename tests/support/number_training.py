@@ -8,7 +8,7 @@ from processes import die_while_saving, run
 from torch import nn
 
 from rq_hf.data import TrainingStream
-from rq_hf.training import OptimizationArguments, create_accelerator, list_checkpoints, train
+from rq_hf.training import Checkpoints, LossOutput, RunArguments, log_images, train
 
 STEPS = 6
 
@@ -26,35 +26,38 @@ class Noisy(nn.Module):
 
 def collate(examples):
     numbers = torch.tensor([example["number"] for example in examples])
-    return {"pixels": numbers, "skipped_images": int((numbers < 1).sum())}
+    return {"numbers": numbers, "counts": {"images": len(numbers), "small_numbers": int((numbers < 1).sum())}}
 
 
 def compute_loss(model, batch):
-    loss = (model(batch["pixels"]) - batch["pixels"].sin()).square().mean()
-    return loss, {"twice_the_loss": 2 * loss}
+    loss = (model(batch["numbers"]) - batch["numbers"].sin()).square().mean()
+    return LossOutput(loss, {"twice_the_loss": 2 * loss})
 
 
 def run_training(output_dir, arguments, model=Noisy, die_at=None):
     """Trains on 20 numbers; the weights go to `weights.pt`, also those of the other ranks."""
     defaults = {"max_train_steps": STEPS, "train_batch_size": 4, "learning_rate": 0.05, "lr_warmup_steps": 2}
     defaults |= {"logging_steps": 1, "image_logging_steps": 0, "checkpointing_steps": 2, "report_to": "none"}
-    args = OptimizationArguments(str(output_dir), cpu=True, **defaults | arguments)
-    accelerator = create_accelerator(args)
+    run = RunArguments(str(output_dir), cpu=True, **defaults | arguments)
+    accelerator = run.create_accelerator()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     dataset = datasets.Dataset.from_dict({"number": [n / 10 for n in range(20)]})
-    stream = TrainingStream(dataset, collate, args.train_batch_size, args.seed, rank, world_size)
+    stream = TrainingStream(dataset, collate, run.train_batch_size, run.seed, rank, world_size)
     model = model()
+    optimizer = run.create_optimizer(model)
     if die_at:
         die_while_saving(die_at)
     train(
         accelerator,
-        args,
         model,
+        optimizer,
+        run.create_scheduler(optimizer),
         stream,
         compute_loss,
-        make_images=lambda: {"noise": torch.rand(2, 3, 4, 4)},
+        evaluate=lambda step: log_images(accelerator, {"noise": torch.rand(2, 3, 4, 4)}, step),
+        units_per_image={"digits": 3},
         configuration={"purpose": "test"},
-        codes_per_image=3,
+        **run.training_options(),
     )
     torch.save(model.state_dict(), output_dir / f"weights-{rank}.pt")
 
@@ -79,7 +82,7 @@ def logged(output_dir):
 
 
 def checkpoint_names(output_dir):
-    return [path.name for path in list_checkpoints(output_dir)]
+    return [path.name for path in Checkpoints(output_dir).list()]
 
 
 def assert_equal(actual, expected):

@@ -19,7 +19,7 @@ import torch
 TIMEOUT = 600  # seconds, on a machine that may be busy
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["rq_hf.training", "rq_hf.training.rq_transformer", "torch.utils.tensorboard"])
+_server.set_forkserver_preload(["rq_hf.training", "torch.utils.tensorboard"])
 
 
 @dataclass

@@ -34,7 +34,7 @@ TINY_TRANSFORMER = ["--hidden_size", 16, "--spatial_layers", 1, "--depth_layers"
 OWN = {
     RQVAE: TINY_RQVAE,
     TEXT: [*TINY_TRANSFORMER, "--text_length", 6, "--validation_prompts", "a red circle", "a blue square"],
-    CLASSES: [*TINY_TRANSFORMER, "--label_column", "label", "--validation_images", 3],
+    CLASSES: [*TINY_TRANSFORMER, "--label_column", "label", "--num_samples", 3],
 }
 RESULTS = {RQVAE: "rqvae", TEXT: "pipeline", CLASSES: "pipeline"}
 

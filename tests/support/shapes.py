@@ -14,7 +14,7 @@ CAPTIONS = [f"a {size}{color} {shape}" for size in SIZES for color in COLORS for
 
 
 def draw_shape(number: int, resolution: int) -> Image.Image:
-    """Picture of `CAPTIONS[number % len(CAPTIONS)]`, on a background that moves on with `number`."""
+    """Image of `CAPTIONS[number % len(CAPTIONS)]`, on a background whose shade depends on `number`."""
     combination = number % len(CAPTIONS)
     shape = SHAPES[combination % len(SHAPES)]
     color = list(COLORS.values())[combination // len(SHAPES) % len(COLORS)]

@@ -1,6 +1,5 @@
 """Started by torchrun, or called: trains as a script of `examples/` does; every rank keeps the state it ends with."""
 
-import itertools
 import os
 import random
 import runpy
@@ -12,21 +11,22 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 
-import rq_hf.training.loop
+from rq_hf.data import TrainingStream
 
 
 def train_and_keep(folder: Path, script: Path, arguments: list[str], *before: Callable) -> None:
-    """Runs a script, after calling each of `before`; the state of rank r goes to the file `{r}.pt`."""
-    train = rq_hf.training.train
+    """Runs a script, after calling each of `before`; the final state of rank r goes to the file `{r}.pt`."""
+    end_training = Accelerator.end_training
 
-    def train_then_keep(accelerator, args, model, *further, **named):
-        train(accelerator, args, model, *further, **named)
+    def keep_then_end(accelerator):
+        model = accelerator.unwrap_model(accelerator._models[0])
         torch.save(model.state_dict(), folder / f"{accelerator.process_index}.pt")
+        end_training(accelerator)
 
-    rq_hf.training.train = train_then_keep
+    Accelerator.end_training = keep_then_end
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after every epoch of a parquet stream
     for prepare in before:
@@ -37,14 +37,15 @@ def train_and_keep(folder: Path, script: Path, arguments: list[str], *before: Ca
 
 def die_around_step(step: int) -> None:
     """This process will be killed at a random moment after it has begun its `step`-th step from now."""
-    next_readable, begun = rq_hf.training.loop.next_readable, itertools.count(1)
+    iterate = TrainingStream.__iter__
 
-    def begin_step(batches):
-        if next(begun) == step:
-            threading.Timer(0.05 * random.random(), os.kill, (os.getpid(), signal.SIGKILL)).start()
-        return next_readable(batches)
+    def begin_steps(stream):
+        for begun, batch in enumerate(iterate(stream), start=1):
+            if begun == step:
+                threading.Timer(0.05 * random.random(), os.kill, (os.getpid(), signal.SIGKILL)).start()
+            yield batch
 
-    rq_hf.training.loop.next_readable = begin_step
+    TrainingStream.__iter__ = begin_steps
 
 
 def set_environment(environment: dict[str, str]) -> None:

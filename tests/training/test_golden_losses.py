@@ -13,7 +13,7 @@ from torch import nn
 
 from rq_hf.metrics import frechet_distance
 from rq_hf.metrics.lpips import LPIPS, TAPS
-from rq_hf.training import OptimizationArguments, WeightAverage, create_scheduler
+from rq_hf.training import EMA, create_scheduler
 from rq_hf.training.adversarial import PatchDiscriminator, adaptive_weight, hinge_loss, vanilla_loss
 
 pytestmark = [golden.require("losses"), golden.require("metrics")]
@@ -126,29 +126,23 @@ def test_frechet_distance():
     ("case", "lr_scheduler", "warmup_epochs"),
     [("imagenet_stage1", "constant", 0.5), ("no_warmup_cosine", "cosine", 0)],
 )
-def test_learning_rates(case, lr_scheduler, warmup_epochs, tmp_path):
+def test_learning_rates(case, lr_scheduler, warmup_epochs):
     recorded = json.loads((golden.FOLDER / "losses" / "lr_schedules.json").read_text())[case]
-    args = OptimizationArguments(
-        output_dir=str(tmp_path),
-        max_train_steps=len(recorded["lr_used_at_step"]),
-        learning_rate=recorded["init_lr"],
-        lr_scheduler=lr_scheduler,
-        lr_warmup_steps=round(warmup_epochs * recorded["steps_per_epoch"]),
-    )
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=args.learning_rate)
-    scheduler = create_scheduler(optimizer, args)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=recorded["init_lr"])
+    num_warmup_steps = round(warmup_epochs * recorded["steps_per_epoch"])
+    scheduler = create_scheduler(optimizer, lr_scheduler, num_warmup_steps, len(recorded["lr_used_at_step"]))
     for expected in recorded["lr_used_at_step"]:
         assert scheduler.get_last_lr()[0] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
 
 
-def test_weight_average(io):
+def test_ema(io):
     model = nn.Linear(3, 2)
     model.load_state_dict(under(io, "in/model_ema/step0/"))
-    average = WeightAverage(model, decay=0.999)
+    ema = EMA(model, decay=0.999)
     for step, weights in ((0, 1), (1, 2), (20000, 3)):
         model.load_state_dict(under(io, f"in/model_ema/step{weights}/"))
-        average.step = step
-        average.update()
-        close(average.average, under(io, f"out/model_ema/after_step{step}/"))
+        ema.step = step
+        ema.update()
+        close(ema.average, under(io, f"out/model_ema/after_step{step}/"))

@@ -19,7 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from number_streams import epochs
+from number_streams import batch_of, epochs
 from processes import die_while_saving, run_group
 from safetensors.torch import load_file
 from scripts import CLASSES, EXAMPLES, RESOLUTION, RQVAE, TEXT, TINY_RQVAE, TINY_TRANSFORMER
@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from training_process import die_around_step, set_environment, shard_on_cpus, train_and_keep
 
 from rq_hf import RQTransformerModel, RQVAEModel
-from rq_hf.data import DataArguments, load_images, prepare_images
+from rq_hf.data import load_image_dataset, prepare_images
 from rq_hf.models.rq_transformer.modeling_rq_transformer import RQBlock
 
 CONFIGS = EXAMPLES / "accelerate_configs"
@@ -48,7 +48,7 @@ def assert_same_states(folder, expected_folder, world_size):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """(script, folder, further options) -> its command line: a shuffled stream, dropout, mirroring, drawn codes."""
+    """(script, folder, further options) -> its command line: a shuffled stream, dropout, mirroring, sampled codes."""
     folder = tmp_path_factory.mktemp("sources")
     files = write_shapes(folder / "shapes", count=20, resolution=RESOLUTION, num_shards=3)
     levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -56,7 +56,7 @@ def command(tmp_path_factory):
     RQVAEModel(**levels, **sizes, block_out_channels=(8, 8), norm_num_groups=4).save_pretrained(folder / "rqvae")
     prompts = ["--text_length", 6, "--validation_prompts", "a red circle"]
     transformer = [*TINY_TRANSFORMER, "--rqvae", folder / "rqvae"]
-    own = {RQVAE: TINY_RQVAE, TEXT: [*transformer, *prompts], CLASSES: [*transformer, "--validation_images", 2]}
+    own = {RQVAE: TINY_RQVAE, TEXT: [*transformer, *prompts], CLASSES: [*transformer, "--num_samples", 2]}
     common = [
         *("--cpu", "--data_files", files, "--streaming", "--shuffle_buffer_size", 6, "--random_flip"),
         *("--train_batch_size", 4, "--lr_warmup_steps", 2, "--logging_steps", 1, "--report_to", "none"),
@@ -166,7 +166,7 @@ class TestTwoRanksShareAStream:
     def test_of_parquet_files(self, num_shards, shuffle_buffer_size, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
         files = write_shapes(tmp_path, count=13, num_shards=num_shards)
-        dataset = load_images(DataArguments(data_files=files, streaming=True))
+        dataset = load_image_dataset(data_files=files, streaming=True)
         self.check(dataset, "text", CAPTIONS[:13], shuffle_buffer_size)
 
     @pytest.mark.parametrize("num_shards", [1, 2, 3])
@@ -180,7 +180,7 @@ class TestTwoRanksShareAStream:
         """Each epoch has every example once."""
 
         def collate(examples):
-            return [example[column] for example in examples]
+            return batch_of([example[column] for example in examples])
 
         ranks = [
             epochs(3, dataset, collate, rank=rank, world_size=2, shuffle_buffer_size=shuffle_buffer_size)

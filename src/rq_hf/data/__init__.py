@@ -1,33 +1,28 @@
-from .loading import (
-    Collator,
-    DataArguments,
-    LatentCollator,
-    SourceArguments,
-    StreamTail,
-    TrainingStream,
-    check_columns,
-    column_names,
-    count_images,
-    decode_image,
-    encode_conditions,
-    load_images,
-    next_readable,
-    prepare_images,
+from .collators import ImageCollator, LatentCollator, decode_image
+from .latents import (
+    bytes_to_latents,
+    describe_latents,
+    latents_shape,
+    latents_to_bytes,
+    load_latents,
+    write_description,
+    write_latents,
 )
+from .loading import load_image_dataset, prepare_images
+from .stream import TrainingStream
 
 __all__ = [
-    "Collator",
-    "DataArguments",
+    "ImageCollator",
     "LatentCollator",
-    "SourceArguments",
-    "StreamTail",
     "TrainingStream",
-    "check_columns",
-    "column_names",
-    "count_images",
+    "bytes_to_latents",
     "decode_image",
-    "encode_conditions",
-    "load_images",
-    "next_readable",
+    "describe_latents",
+    "latents_shape",
+    "latents_to_bytes",
+    "load_image_dataset",
+    "load_latents",
     "prepare_images",
+    "write_description",
+    "write_latents",
 ]

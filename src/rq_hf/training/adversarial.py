@@ -3,15 +3,14 @@
 Pixels are `(B, 3, height, width)` in [-1, 1]; the discriminator's logits `(B, 1, h, w)`, positive for "real".
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_constant_schedule
+
+from .loop import TrainingHook
 
 
 class ActNorm(nn.Module):
@@ -37,9 +36,9 @@ class PatchDiscriminator(nn.Module):
     PatchGAN (Isola et al. 2017): tells real from reconstructed, patch by patch. Pixels -> logits `(B, 1, h, w)`.
 
     Args:
-        in_channels (`int`): channels of the pictures.
+        in_channels (`int`): channels of the images.
         width (`int`): channels of the first layer; they double with every layer, up to eight times as many.
-        num_layers (`int`): layers that halve the picture.
+        num_layers (`int`): layers that halve the height and width.
         norm (`str`): `"batch"` or `"act"`, [`ActNorm`].
     """
 
@@ -95,57 +94,66 @@ def adaptive_weight(
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach()
 
 
-class Adversary:
+class DiscriminatorTrainer(TrainingHook):
     """
-    The discriminator at work: a loss for the RQ-VAE, and after each of the RQ-VAE's steps one of its own.
+    Trains the discriminator and provides the adversarial loss of the RQ-VAE.
+
+    [`LossOutput.outputs`] must be the pixels and their reconstructions, both `(B, 3, height, width)`.
 
     Args:
-        discriminator: it learns from step `start` on, and reaches the RQ-VAE `warmup_steps` later, when it has
-            something to say.
+        discriminator: it learns from step `start` on, and its loss reaches the RQ-VAE `warmup_steps` later, once it is
+            informative.
+        optimizer, scheduler: of the discriminator.
         loss (`str`): `"hinge"` or `"vanilla"`, of the discriminator; that of the RQ-VAE is −E[logits of fakes].
         weight (`float`): of both losses, besides the adaptive weight of the RQ-VAE's.
-        max_adaptive_weight (`float`): bound of the adaptive weight, which grows without limit where the
-            discriminator has nothing to say.
-        optimizer_kwargs (`dict`): of Adam.
-        create_scheduler (`Callable`): Adam -> the schedule of its learning rate.
+        max_adaptive_weight (`float`): bound of the adaptive weight, which grows without limit where the gradient of
+            the discriminator vanishes.
     """
 
     def __init__(
         self,
+        accelerator: Accelerator,
         discriminator: PatchDiscriminator,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
         loss: str = "hinge",
         weight: float = 0.75,
         start: int = 0,
         warmup_steps: int = 0,
         max_adaptive_weight: float = 1e4,
-        optimizer_kwargs: dict | None = None,
-        create_scheduler: Callable[[Optimizer], LRScheduler] = get_constant_schedule,
     ):
         if loss not in ("hinge", "vanilla"):
             raise ValueError(f"loss must be 'hinge' or 'vanilla', got {loss!r}")
+        self.accelerator = accelerator
         self.discriminator = discriminator
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self.loss = hinge_loss if loss == "hinge" else vanilla_loss
         self.weight = weight
         self.start = start
         self.warmup_steps = warmup_steps
         self.max_adaptive_weight = max_adaptive_weight
-        self.optimizer = torch.optim.Adam(discriminator.parameters(), **optimizer_kwargs or {})
-        self.scheduler = create_scheduler(self.optimizer)
-        self.step = 0
+        self.modules = (discriminator,)
+        self.num_steps = 0
 
-    def prepare(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.prepared, self.optimizer = accelerator.prepare(self.discriminator, self.optimizer)
-        accelerator.register_for_checkpointing(self)
+    def prepare(self, model: nn.Module) -> None:
+        prepared, self.optimizer = self.accelerator.prepare(self.discriminator, self.optimizer)
+        self.modules = (prepared,)
+        self.accelerator.register_for_checkpointing(self)
 
     def generator_loss(
-        self, pixels: torch.Tensor, sample: torch.Tensor, reconstruction_loss: torch.Tensor, last_layer: torch.Tensor
+        self, sample: torch.Tensor, reconstruction_loss: torch.Tensor, last_layer: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What the RQ-VAE has to add to its loss for the reconstructions `sample`, and metrics."""
-        self.batch = pixels, sample.detach()
-        if self.step < self.start + self.warmup_steps:
+        """
+        Adversarial term of the RQ-VAE's loss, and metrics.
+
+        Args:
+            sample: reconstructions `(B, 3, height, width)`.
+            reconstruction_loss, last_layer: see [`adaptive_weight`].
+        """
+        if self.num_steps < self.start + self.warmup_steps:
             return sample.new_zeros(()), {}
-        # Not through what `prepare` returned: the discriminator has no use for these gradients.
+        # Bypasses the DDP wrapper: no gradients of the discriminator are needed here.
         self.discriminator.requires_grad_(False)
         with self.accelerator.autocast():
             loss = -self.discriminator(sample).float().mean()
@@ -153,34 +161,32 @@ class Adversary:
         adaptive = adaptive_weight(reconstruction_loss, loss, last_layer, self.max_adaptive_weight)
         return self.weight * adaptive * loss, {"loss_generator": loss, "adaptive_weight": adaptive}
 
-    def compute_loss(self) -> dict[str, torch.Tensor]:
-        """The discriminator's loss on the batch of the last [`generator_loss`], with metrics; none before `start`."""
-        self.pending = None
-        if self.step < self.start:
+    def compute_losses(self, outputs: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The discriminator's loss and mean logits on pixels and reconstructions; nothing before step `start`."""
+        if self.num_steps < self.start:
             return {}
-        pixels, sample = self.batch
+        pixels, sample = outputs
+        (discriminator,) = self.modules
         with self.accelerator.autocast():
-            logits_fake, logits_real = self.prepared(sample).float(), self.prepared(pixels).float()
-        self.pending = self.loss(logits_real, logits_fake)
+            logits_fake, logits_real = discriminator(sample.detach()).float(), discriminator(pixels).float()
         return {
-            "loss_discriminator": self.pending,
+            "loss_discriminator": self.loss(logits_real, logits_fake),
             "logits_real": logits_real.mean(),
             "logits_fake": logits_fake.mean(),
         }
 
-    def update(self) -> None:
-        """A step of the discriminator on the loss that [`compute_loss`] has left."""
-        if self.pending is not None:
-            self.accelerator.backward(self.weight * self.pending)
+    def step(self, losses: dict[str, torch.Tensor]) -> None:
+        if losses:
+            self.accelerator.backward(self.weight * losses["loss_discriminator"])
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self.scheduler.step()
-        self.step += self.accelerator.sync_gradients
+        self.num_steps += self.accelerator.sync_gradients
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "scheduler": self.scheduler.state_dict()}
+        return {"step": self.num_steps, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
+        self.num_steps = state["step"]
         self.scheduler.load_state_dict(state["scheduler"])

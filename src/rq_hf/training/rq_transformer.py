@@ -1,222 +1,235 @@
-"""What the stage-2 scripts share: the transformer's arguments, its data (images or latents) and its loss on them."""
+"""Stage 2: the RQ-Transformer on the codes of an RQ-VAE (Lee et al., CVPR 2022, section 3.2), on images or latents."""
 
-import glob
-import hashlib
-import json
-from dataclasses import dataclass, field, fields, replace
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from ..data import Collator, DataArguments, LatentCollator, load_images
+from ..data import TrainingStream
+from ..model_cards import model_card
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+from ..pipelines import RQPipeline
+from .checkpoints import save_finished
+from .loop import LossOutput, TrainingHook, train
+from .rq_vae import code_shape
+from .trackers import log_images
 
-LATENTS_DESCRIPTION = "latents.json"
+USAGE = """from rq_hf import RQPipeline
 
-
-@dataclass
-class TransformerArguments:
-    _argument_group_name = "transformer"
-
-    rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
-    transformer: str | None = field(
-        default=None,
-        metadata={"help": "Trained transformer to go on from: a folder or a Hub id (default: a new one)."},
-    )
-    latents: str | None = field(
-        default=None,
-        metadata={"help": "Instead of pictures: a folder of their latents, written by extract_latents.py."},
-    )
-    hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
-    spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
-    depth_layers: int = field(default=4, metadata={"help": "Blocks of the depth transformer; 0 with depth 1 only."})
-    num_attention_heads: int = field(default=8, metadata={"help": "Attention heads."})
-    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout in the blocks."})
-    attn_implementation: str = field(
-        default="sdpa",
-        metadata={
-            "help": "Attention kernel; on a CPU in bf16, eager trains short maps 1.5 times faster than sdpa.",
-            "choices": ["eager", "sdpa", "flash_attention_2"],
-        },
-    )
-    labels: str = field(
-        default="soft",
-        metadata={
-            "help": "Targets: the nearest code, or soft labels over all codes with codes drawn from them.",
-            "choices": ["hard", "soft"],
-        },
-    )
-    soft_label_temperature: float = field(
-        default=0.5, metadata={"help": "τ of the soft labels softmax(−‖r − e(k)‖²/τ)."}
-    )
-    cond_dropout: float = field(
-        default=0.1, metadata={"help": "Share of conditions replaced by none, for classifier-free guidance."}
-    )
-
-    def __post_init__(self):
-        if self.labels not in ("hard", "soft"):
-            raise ValueError(f"--labels must be hard or soft, got {self.labels!r}")
-        if self.soft_label_temperature <= 0:
-            raise ValueError(f"--soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"--cond_dropout must lie in [0, 1), got {self.cond_dropout}")
+pipe = RQPipeline.from_pretrained(...)
+{call}.images"""
 
 
 def create_transformer(
     vae: RQVAEModel,
-    args: TransformerArguments,
+    *,
+    hidden_size: int = 512,
+    spatial_layers: int = 12,
+    depth_layers: int = 4,
+    num_attention_heads: int = 8,
+    hidden_dropout: float = 0.1,
     cond_vocab_size: int = 1,
     cond_length: int = 1,
     null_cond_id: int | None = None,
 ) -> RQTransformerModel:
-    """A transformer on the codes of `vae`: a new one with a copy of its codebook, or the trained one that `args` name.
-
-    Raises `ValueError` when the trained one has another codebook or other conditions.
-    """
-    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
-    code_shape = (height, width, vae.config.depth)
-    if args.transformer is not None:
-        model = RQTransformerModel.from_pretrained(args.transformer, dtype=torch.float32)
-        config = model.config
-        found = (config.code_shape, config.cond_vocab_size, config.cond_length, config.null_cond_id)
-        needed = (code_shape, cond_vocab_size, cond_length, null_cond_id)
-        if found != needed:
-            raise ValueError(
-                f"--transformer {args.transformer} has (code shape, condition ids, length, null id) {found}, "
-                f"this data needs {needed}"
-            )
-        if not torch.equal(model.codebook, vae.quantizer.codebook.cpu()):
-            raise ValueError(f"--transformer {args.transformer} has another codebook than --rqvae {args.rqvae}")
-    else:
-        stack = {
-            "hidden_size": args.hidden_size,
-            "num_attention_heads": args.num_attention_heads,
-            "hidden_dropout": args.hidden_dropout,
-        }
-        config = RQTransformerConfig(
-            code_shape=code_shape,
-            codebook_size=vae.config.codebook_size,
-            codebook_dim=vae.config.codebook_dim,
-            shared_codebook=vae.config.shared_codebook,
-            cond_vocab_size=cond_vocab_size,
-            cond_length=cond_length,
-            null_cond_id=null_cond_id,
-            spatial_config={**stack, "num_hidden_layers": args.spatial_layers},
-            depth_config={**stack, "num_hidden_layers": args.depth_layers},
-        )
-        model = RQTransformerModel(config)
-        model.set_codebook(vae.quantizer.codebook)
-    model.set_attn_implementation(args.attn_implementation)
+    """A new transformer on the codes of `vae`, with a copy of its codebook. The arguments are those of
+    [`RQTransformerConfig`], the same for both stacks."""
+    stack = {
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "hidden_dropout": hidden_dropout,
+    }
+    config = RQTransformerConfig(
+        code_shape=code_shape(vae),
+        codebook_size=vae.config.codebook_size,
+        codebook_dim=vae.config.codebook_dim,
+        shared_codebook=vae.config.shared_codebook,
+        cond_vocab_size=cond_vocab_size,
+        cond_length=cond_length,
+        null_cond_id=null_cond_id,
+        spatial_config={**stack, "num_hidden_layers": spatial_layers},
+        depth_config={**stack, "num_hidden_layers": depth_layers},
+    )
+    model = RQTransformerModel(config)
+    model.set_codebook(vae.quantizer.codebook)
     return model
 
 
-def describe_latents(vae: RQVAEModel) -> dict:
-    """What distinguishes the latents of `vae`: their shape `(H, W, C)`, how they are stored, and a fingerprint of the
-    weights that codes depend on, those of the encoder and the codebook."""
-    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
-    fingerprint = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.", "quantizer.codebook")):
-            fingerprint.update(weight.float().cpu().numpy().tobytes())
-    return {
-        "shape": [height, width, vae.config.codebook_dim],
-        "dtype": "bfloat16",
-        "rqvae_sha256": fingerprint.hexdigest(),
-    }
-
-
-def load_examples(
-    vae: RQVAEModel, args: TransformerArguments, data: DataArguments, required_columns: tuple[str, ...] = ()
-):
+def load_transformer(
+    name: str, vae: RQVAEModel, *, cond_vocab_size: int = 1, cond_length: int = 1, null_cond_id: int | None = None
+) -> RQTransformerModel:
     """
-    Opens the latents that `args` name or, if they name none, the images that `data` names (see [`load_images`]).
+    A trained transformer on the codes of `vae`, in float32, to continue training.
 
-    Raises:
-        `ValueError`: latents of another RQ-VAE, a folder without latents, options that only images have, and what
-        [`load_images`] refuses.
+    Args:
+        name: a folder or a Hub id.
+
+    Raises `ValueError` when it has another code map, other conditions or another codebook.
     """
-    if args.latents is None:
-        return load_images(data, required_columns)
-    for option in fields(data):
-        concerns_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
-        if concerns_images and getattr(data, option.name) != option.default:
-            raise ValueError(f"--{option.name} concerns images, not --latents: see extract_latents.py --help")
-    description = Path(args.latents, LATENTS_DESCRIPTION)
-    if not description.exists():
-        raise ValueError(f"--latents must be a folder that extract_latents.py wrote; there is no {description}")
-    found, needed = json.loads(description.read_text()), describe_latents(vae)
+    model = RQTransformerModel.from_pretrained(name, dtype=torch.float32)
+    config = model.config
+    found = (config.code_shape, config.cond_vocab_size, config.cond_length, config.null_cond_id)
+    needed = (code_shape(vae), cond_vocab_size, cond_length, null_cond_id)
     if found != needed:
         raise ValueError(
-            f"--latents {args.latents} was extracted with another RQ-VAE than --rqvae {args.rqvae}: "
-            f"its {LATENTS_DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
+            f"the transformer {name} has (code shape, condition ids, length, null id) {found}, "
+            f"this data needs {needed}"
         )
-    files = str(Path(glob.escape(args.latents), "*.parquet"))
-    return load_images(replace(data, data_files=files, image_column="latents"), required_columns)
+    if not torch.equal(model.codebook, vae.quantizer.codebook.cpu()):
+        raise ValueError(f"the transformer {name} has another codebook than the RQ-VAE")
+    return model
 
 
-def create_collator(
-    vae: RQVAEModel, args: TransformerArguments, data: DataArguments, **conditions
-) -> Collator | LatentCollator:
-    """What makes batches of the examples of [`load_examples`]; `conditions` are the collators' other arguments."""
-    if args.latents is not None:
-        return LatentCollator(describe_latents(vae)["shape"], **conditions)
-    return Collator(
-        data.image_column,
-        vae.config.sample_size,
-        data.random_flip,
-        data.skip_corrupt_images,
-        center_crop=data.center_crop,
-        **conditions,
-    )
+class RQTransformerLoss:
+    """
+    (model, batch with `pixels` or `latents`, and `cond_ids`) -> [`LossOutput`]: the cross-entropy of the codes
+    against hard labels, the codes themselves, or soft labels softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
 
+    Args:
+        vae: encodes the pixels.
+        null_cond_id: replaces dropped conditions; `None` drops none.
+        soft_label_temperature: τ of the soft labels; `None` for hard labels.
+        stochastic_codes: sample the codes from the soft labels; otherwise, and with hard labels, they are the nearest.
+        cond_dropout: share of conditions that are dropped, for classifier-free guidance.
+        autocast: -> context of the forward passes; a sharded model does not bring its own.
+    """
 
-class TransformerLoss:
-    """(model, batch) -> loss and metrics: encodes the pixels, if the batch has no latents yet, draws the codes, drops
-    conditions, scores the codes."""
-
-    def __init__(self, vae: RQVAEModel, config: RQTransformerConfig, args: TransformerArguments, autocast):
+    def __init__(
+        self,
+        vae: RQVAEModel,
+        *,
+        null_cond_id: int | None = None,
+        soft_label_temperature: float | None = 0.5,
+        stochastic_codes: bool = True,
+        cond_dropout: float = 0.1,
+        autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ):
         self.vae = vae
-        self.config = config
-        self.args = args
+        self.null_cond_id = null_cond_id
+        self.soft_label_temperature = soft_label_temperature
+        self.stochastic_codes = stochastic_codes
+        self.cond_dropout = cond_dropout
         self.autocast = autocast
 
-    def __call__(self, model, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        soft = self.args.labels == "soft"
+    def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
+        temperature = self.soft_label_temperature
         with torch.no_grad(), self.autocast():
             if "latents" in batch:
                 vectors = batch["latents"]  # (B, H, W, C)
             else:
                 vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)
-            temperature = self.args.soft_label_temperature if soft else None
-            codes, residuals = self.vae.quantizer.get_codes(vectors, temperature)
-        with self.autocast():  # a sharded model does not bring its own
-            output = model(
-                codes,
-                self.drop_conditions(batch.get("cond_ids")),
-                labels=None if soft else codes,
-                residuals=residuals if soft else None,
-                soft_label_temperature=self.args.soft_label_temperature,
-                return_logits=False,
-            )
+            codes, residuals = self.vae.quantizer.get_codes(vectors, temperature if self.stochastic_codes else None)
+        if temperature is None:
+            targets = {"labels": codes}
+        else:
+            targets = {"residuals": residuals, "soft_label_temperature": temperature}
+        with self.autocast():
+            output = model(codes, self.drop_conditions(batch.get("cond_ids")), **targets, return_logits=False)
         metrics = {f"loss_depth_{d}": loss for d, loss in enumerate(output.depth_losses, start=1)}
         if output.cond_loss is not None:
             metrics["loss_text"] = output.cond_loss
-        return output.loss, metrics
+        return LossOutput(output.loss, metrics)
 
     def drop_conditions(self, cond_ids: torch.Tensor | None) -> torch.Tensor | None:
         """Condition ids `(B, L)` with a random share of the rows replaced by the null condition."""
-        if cond_ids is None or self.config.null_cond_id is None:
+        if cond_ids is None or self.null_cond_id is None:
             return cond_ids
-        dropped = torch.rand(len(cond_ids), 1, device=cond_ids.device) < self.args.cond_dropout
-        return cond_ids.masked_fill(dropped, self.config.null_cond_id)
+        dropped = torch.rand(len(cond_ids), 1, device=cond_ids.device) < self.cond_dropout
+        return cond_ids.masked_fill(dropped, self.null_cond_id)
 
 
-def model_card(model: RQTransformerModel, usage: str) -> str:
-    """A model card with valid Hub metadata and the lines that load and use the pipeline."""
+class ShardedGeneration(TrainingHook):
+    """Lets a transformer that FSDP has sharded generate, for samples during the training."""
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        if isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, "generate")
+
+
+def train_pipeline(
+    accelerator: Accelerator,
+    pipeline: RQPipeline,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    stream: TrainingStream,
+    compute_loss: RQTransformerLoss,
+    *,
+    samples: dict | None = None,
+    **options,
+) -> dict[str, torch.Tensor]:
+    """
+    [`train`] for the transformer of `pipeline`, which logs samples of the pipeline.
+
+    Args:
+        samples: the pipeline's arguments for the samples; `None` for no samples.
+        options: further arguments of [`train`].
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    return train(
+        accelerator,
+        pipeline.transformer,
+        optimizer,
+        scheduler,
+        stream,
+        compute_loss,
+        hooks=[ShardedGeneration()],
+        evaluate=None if samples is None else functools.partial(log_samples, accelerator, pipeline, samples),
+        units_per_image={"codes": math.prod(pipeline.transformer.config.code_shape)},
+        **options,
+    )
+
+
+def log_samples(accelerator: Accelerator, pipeline: RQPipeline, arguments: dict, step: int) -> None:
+    """Logs images that the pipeline generates, from the same seed at every step."""
+    generator = torch.Generator(accelerator.device).manual_seed(0)
+    with accelerator.autocast():
+        images = pipeline(**arguments, generator=generator, output_type="pt").images
+    log_images(accelerator, {"samples": images}, step)
+
+
+def save_pipeline(
+    accelerator: Accelerator,
+    pipeline: RQPipeline,
+    state_dict: dict[str, torch.Tensor],
+    destination: Path,
+    call: str,
+    upload_to: str | None = None,
+) -> None:
+    """
+    Saves a trained pipeline with its card, see [`save_finished`].
+
+    Args:
+        state_dict: of the transformer, as [`train`] returns it.
+        call: Python expression that samples from `pipe`, for the card.
+    """
+    card = pipeline_card(pipeline.transformer, call)
+    if isinstance(pipeline.transformer, FSDPModule) and accelerator.is_main_process:
+        pipeline = RQPipeline(pipeline.vae, gathered_transformer(pipeline.transformer, state_dict), pipeline.tokenizer)
+    save_finished(accelerator, pipeline, destination, card, upload_to)
+
+
+def gathered_transformer(sharded: RQTransformerModel, state_dict: dict[str, torch.Tensor]) -> RQTransformerModel:
+    """An unsharded copy of a sharded transformer."""
+    model = RQTransformerModel(sharded.config)
+    model.load_state_dict(state_dict)
+    model.generation_config = sharded.generation_config
+    return model
+
+
+def pipeline_card(model: RQTransformerModel, call: str) -> str:
+    """The model card of a trained pipeline; `call` is the Python expression that samples from `pipe`."""
     height, width, depth = model.config.code_shape
-    kind = "text-to-image" if model.config.cond_length > 1 else "unconditional-image-generation"
-    return (
-        f"---\nlibrary_name: rq_hf\npipeline_tag: {kind}\ntags:\n- rq-transformer\n---\n\n"
-        f"# RQ-Transformer on {height}×{width}×{depth} codes, {model.num_parameters():,} parameters\n\n"
-        f"```python\nfrom rq_hf import RQPipeline\n\npipe = RQPipeline.from_pretrained(...)\n{usage}.images\n```\n"
+    return model_card(
+        f"RQ-Transformer on {height}×{width}×{depth} codes, {model.num_parameters():,} parameters",
+        USAGE.format(call=call),
+        pipeline_tag="text-to-image" if model.config.cond_length > 1 else "unconditional-image-generation",
+        tags=["rq-transformer"],
     )

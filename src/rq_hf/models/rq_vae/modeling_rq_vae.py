@@ -318,6 +318,11 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         patches = vectors.unflatten(3, (*self.config.code_patch_size, -1))  # (B, H, W, p, q, C/pq)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
+    def encoding_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that codes depend on: those of the encoder and the codebook."""
+        prefixes = ("encoder.", "quant_conv.", "quantizer.codebook")
+        return {name: weight for name, weight in self.state_dict().items() if name.startswith(prefixes)}
+
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises `ValueError` unless `pixels` is `(B, 3, height, width)` with sides the encoder can divide."""
         rows, columns = self.pixels_per_code

@@ -75,6 +75,8 @@ class ResidualQuantizer(nn.Module):
         epsilon (`float`): Laplace smoothing of the running counts.
     """
 
+    no_weight_decay = ("codebook",)  # parameters that weight decay would pull away from their vectors
+
     def __init__(
         self,
         codebook_size: int,

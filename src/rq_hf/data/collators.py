@@ -1,0 +1,141 @@
+"""
+Examples -> batches: dictionaries of tensors, with the number of examples of each kind in `counts`, a `dict[str, int]`.
+
+`counts["images"]` is the size of the batch. `counts["skipped_images"]` (images that could not be decoded) and
+`counts["truncated_captions"]` exist where they can occur.
+"""
+
+import datasets
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from ..images import to_pixels, to_rgb
+from ..text import encode_captions
+from .latents import bytes_to_latents
+
+
+def decode_image(value: Image.Image | dict) -> Image.Image:
+    """An image column's value (PIL image, or undecoded `{"bytes", "path"}`) -> RGB; transparent parts become white."""
+    return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
+
+
+class ImageCollator:
+    """
+    Examples -> `pixels` `(B, 3, resolution, resolution)` in [-1, 1], `counts` and, with a text or label column,
+    `cond_ids`.
+
+    Args:
+        image_column: column with the images.
+        resolution: height and width of the pixels.
+        random_flip: mirror half of the images at random.
+        skip_corrupt_images: leave out images that cannot be decoded; the batch may then be empty, without `cond_ids`.
+        text_column, tokenizer: captions become tokens `(B, L)`, L being the tokenizer's `model_max_length`.
+        label_column: labels become classes `(B, 1)`.
+        center_crop: keep the middle square of an image; otherwise squeeze it into a square.
+
+    Calling it raises `ValueError` with the example's index for a caption that is not a string, and for an image that
+    cannot be decoded, unless `skip_corrupt_images`.
+    """
+
+    def __init__(
+        self,
+        image_column: str,
+        resolution: int,
+        random_flip: bool = False,
+        skip_corrupt_images: bool = False,
+        text_column: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label_column: str | None = None,
+        center_crop: bool = True,
+    ):
+        self.image_column = image_column
+        self.resolution = resolution
+        self.random_flip = random_flip
+        self.skip_corrupt_images = skip_corrupt_images
+        self.text_column = text_column
+        self.tokenizer = tokenizer
+        self.label_column = label_column
+        self.center_crop = center_crop
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
+        pixels, decoded = self.decode(examples)
+        counts = {"images": len(decoded), "skipped_images": len(examples) - len(decoded)}
+        if not decoded:
+            return {"pixels": pixels, "counts": counts}
+        if self.random_flip:
+            mirrored = torch.rand(len(decoded)) < 0.5
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+        conditions, more_counts = encode_conditions(decoded, self.text_column, self.tokenizer, self.label_column)
+        return {"pixels": pixels, **conditions, "counts": counts | more_counts}
+
+    def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
+        """Pixels `(B, 3, resolution, resolution)` of the examples whose image can be decoded, and these examples."""
+        pixels, decoded = [], []
+        for example in examples:
+            try:
+                image = decode_image(example[self.image_column])
+            except Exception as error:
+                if self.skip_corrupt_images:
+                    continue
+                raise ValueError(
+                    f"the image of example {example['example_index']} cannot be decoded ({error}); "
+                    "skip_corrupt_images leaves such examples out and counts them"
+                ) from error
+            pixels.append(to_pixels(image, self.resolution, self.center_crop))
+            decoded.append(example)
+        return torch.stack(pixels) if decoded else torch.empty(0), decoded
+
+
+class LatentCollator:
+    """
+    Examples of [`load_latents`] -> `latents` `(B, H, W, C)`, `counts` and, with a text or label column, `cond_ids` as
+    [`ImageCollator`] gives them.
+
+    Args:
+        shape: of one example's latents, `(H, W, C)`.
+        text_column, tokenizer, label_column: see [`ImageCollator`].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        text_column: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        label_column: str | None = None,
+    ):
+        self.shape = shape
+        self.text_column = text_column
+        self.tokenizer = tokenizer
+        self.label_column = label_column
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
+        latents = bytes_to_latents([example["latents"] for example in examples], self.shape)
+        conditions, counts = encode_conditions(examples, self.text_column, self.tokenizer, self.label_column)
+        return {"latents": latents, **conditions, "counts": {"images": len(examples), **counts}}
+
+
+def encode_conditions(
+    examples: list[dict],
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    label_column: str | None,
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """
+    `cond_ids` of examples, see [`ImageCollator`], and the count of `truncated_captions`; nothing without a column.
+
+    Raises `ValueError` for a caption that is not a string.
+    """
+    if text_column is not None:
+        captions = [example[text_column] for example in examples]
+        for example, caption in zip(examples, captions):
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"the caption of example {example['example_index']} must be a string, got {caption!r}"
+                )
+        length = tokenizer.model_max_length
+        cond_ids, num_tokens = encode_captions(tokenizer, captions, length)
+        return {"cond_ids": cond_ids}, {"truncated_captions": sum(n > length for n in num_tokens)}
+    if label_column is not None:
+        return {"cond_ids": torch.tensor([[example[label_column]] for example in examples])}, {}
+    return {}, {}

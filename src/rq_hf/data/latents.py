@@ -1,0 +1,91 @@
+"""
+Extracted latents on disk: parquet files with a column `latents`, the bytes of the vectors `(H, W, C)` that an RQ-VAE
+quantizes, in bfloat16, and `latents.json`, which says which RQ-VAE they belong to.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import torch
+
+from ..models import RQVAEModel
+from .loading import load_image_dataset
+
+DESCRIPTION = "latents.json"
+DTYPE = torch.bfloat16
+
+
+def latents_shape(vae: RQVAEModel) -> tuple[int, int, int]:
+    """`(H, W, C)` of the latents of an image."""
+    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
+    return height, width, vae.config.codebook_dim
+
+
+def describe_latents(vae: RQVAEModel) -> dict:
+    """What distinguishes the latents of `vae`: their shape, how they are stored, and a fingerprint of the weights that
+    codes depend on."""
+    fingerprint = hashlib.sha256()
+    for _, weight in sorted(vae.encoding_state_dict().items()):
+        fingerprint.update(weight.float().cpu().numpy().tobytes())
+    return {
+        "shape": list(latents_shape(vae)),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "rqvae_sha256": fingerprint.hexdigest(),
+    }
+
+
+def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
+    """Latents `(B, H, W, C)` -> how each image's are stored."""
+    latents = latents.to(DTYPE).cpu().contiguous()
+    return [image.view(torch.uint8).numpy().tobytes() for image in latents]
+
+
+def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
+    """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+    return torch.frombuffer(bytearray().join(stored), dtype=DTYPE).view(-1, *shape)
+
+
+def write_latents(
+    rows: Iterator[dict], features: datasets.Features, folder: Path, prefix: str, rows_per_file: int
+) -> None:
+    """Writes rows with `latents` (bytes) and other columns to `{prefix}-00000.parquet` and so on."""
+    for number in itertools.count():
+        shard = list(itertools.islice(rows, rows_per_file))
+        if not shard:
+            return
+        datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{prefix}-{number:05d}.parquet")
+
+
+def write_description(folder: Path, vae: RQVAEModel) -> None:
+    """Marks the latents in a folder as those of `vae`."""
+    (folder / DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+
+
+def load_latents(
+    folder: str, vae: RQVAEModel, streaming: bool = False, required_columns: tuple[str, ...] = ()
+) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Opens a folder of latents that were extracted with `vae`.
+
+    Raises:
+        `ValueError`: a folder without latents, latents of another RQ-VAE, or a missing column.
+    """
+    description = Path(folder, DESCRIPTION)
+    if not description.exists():
+        raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")
+    found, needed = json.loads(description.read_text()), describe_latents(vae)
+    if found != needed:
+        raise ValueError(
+            f"{folder} was extracted with another RQ-VAE: its {DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
+        )
+    return load_image_dataset(
+        data_files=str(Path(glob.escape(folder), "*.parquet")),
+        streaming=streaming,
+        image_column="latents",
+        required_columns=required_columns,
+    )

@@ -1,0 +1,114 @@
+"""Endless, seeded, sharded batches of a data set that can be resumed exactly."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+
+
+class TrainingStream:
+    """
+    Endless batches of one rank's share of a data set, reshuffled from a seed every epoch.
+
+    Its position is (epoch, batches taken in it). A stream with the same arguments that loads the position of another
+    continues exactly where that one stood.
+
+    Args:
+        dataset: a `datasets.Dataset` or `datasets.IterableDataset`.
+        collate: list of examples -> batch, a dictionary with `counts` (see [`ImageCollator`]).
+        batch_size: examples per batch; the last batch of an epoch may be smaller.
+        seed: of the shuffle; the same on all ranks.
+        rank, world_size: this process and the number of processes.
+        shuffle_buffer_size: examples in the shuffle buffer of an `IterableDataset`; a `Dataset` is shuffled whole.
+        num_workers: processes that collate; 0 collates in this process.
+        max_skipped: images in a row that cannot be decoded before iteration gives up.
+
+    Batches without images are passed over, and their counts added to those of the next batch. Iteration raises
+    `ValueError` after `max_skipped` images in a row that cannot be decoded, and when this rank's share is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        collate: Callable[[list[dict]], dict],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_buffer_size: int = 10_000,
+        num_workers: int = 0,
+        max_skipped: int = 10_000,
+    ):
+        self.dataset = dataset
+        self.collate = collate
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle_buffer_size = shuffle_buffer_size
+        self.num_workers = num_workers
+        self.max_skipped = max_skipped
+        self.epoch = 0
+        self.batches_in_epoch = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches_in_epoch": self.batches_in_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches_in_epoch = state["epoch"], state["batches_in_epoch"]
+
+    def __iter__(self) -> Iterator[dict]:
+        counts = Counter()  # of the batches since the last one with images
+        while True:
+            skip = self.batches_in_epoch
+            for batch in self._epoch_batches(skip):
+                self.batches_in_epoch += 1
+                counts.update(batch["counts"])
+                if counts["images"]:
+                    yield batch | {"counts": dict(counts)}
+                    counts.clear()
+                elif counts["skipped_images"] >= self.max_skipped:
+                    raise ValueError(f"none of {counts['skipped_images']} images in a row can be decoded")
+            if skip == 0 and self.batches_in_epoch == 0:
+                raise ValueError(f"the data set has no examples for rank {self.rank} of {self.world_size}")
+            self.epoch, self.batches_in_epoch = self.epoch + 1, 0
+
+    def _epoch_batches(self, skip: int) -> Iterator[dict]:
+        """The batches of this rank in the current epoch, without the first `skip`."""
+        seed = self.seed + self.epoch
+        # Examples are skipped before they are decoded. With workers, whole batches are produced and discarded, because
+        # each worker has its own share and random state.
+        skip_examples, skip_batches = (0, skip) if self.num_workers else (skip * self.batch_size, 0)
+        if isinstance(self.dataset, datasets.IterableDataset):
+            dataset = self.dataset.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
+            dataset = split_dataset_by_node(dataset, self.rank, self.world_size)
+            dataset, sampler = (SkipFirst(dataset, skip_examples) if skip_examples else dataset), None
+        else:
+            dataset, order = self.dataset, np.random.default_rng(seed).permutation(len(self.dataset))
+            sampler = order[self.rank :: self.world_size][skip_examples:].tolist()
+        loader = DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            # Without its own generator a loader would advance the global random state, and break an exact resume.
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return itertools.islice(loader, skip_batches, None)
+
+
+class SkipFirst(torch.utils.data.IterableDataset):
+    """A stream without its first `count` examples."""
+
+    def __init__(self, stream: datasets.IterableDataset, count: int):
+        self.stream = stream
+        self.count = count
+
+    def __iter__(self) -> Iterator[dict]:
+        return itertools.islice(self.stream, self.count, None)

@@ -1,0 +1,344 @@
+"""
+The command line of the training scripts. Only here and in the scripts' `main` are there argument classes: their
+methods hand the values on to functions that know nothing of a command line.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import HfArgumentParser
+
+from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
+from ..data.loading import BUILDERS
+from ..models import RQTransformerModel, RQVAEModel
+from .checkpoints import Checkpoints
+from .loop import create_accelerator, create_optimizer, create_scheduler
+from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "run and optimization"
+
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the finished model."})
+    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
+    train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler: str = field(
+        default="cosine",
+        metadata={"help": "After the warm-up: cosine to zero, or constant.", "choices": ["cosine", "constant"]},
+    )
+    lr_warmup_steps: int = field(default=500, metadata={"help": "Steps of linear warm-up."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's β₁."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's β₂."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay, applied to matrices only."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Arithmetic of the forward pass (default: as accelerate is configured).",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, a third more time."}
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": "Decay of the moving average of weights and buffers, which is what is saved; 0 disables it."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and sampling."})
+    logging_steps: int = field(default=50, metadata={"help": "Log every N steps."})
+    image_logging_steps: int = field(
+        default=1000, metadata={"help": "Log images and validation metrics every N steps; 0 for never."}
+    )
+    peak_teraflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak of one device in the arithmetic used, 10¹² FLOP/s, to log the model FLOPs utilization (mfu)."
+        },
+    )
+    checkpointing_steps: int = field(default=1000, metadata={"help": "Save a checkpoint every N steps."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or 'latest' for the newest in the output folder."}
+    )
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "Tracker beside the JSON lines in log.jsonl.", "choices": ["tensorboard", "none"]},
+    )
+    cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is an accelerator."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished model to the Hub."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to upload to: user/name."})
+
+    def __post_init__(self):
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("--push_to_hub needs --hub_model_id user/name")
+        at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*at_least_one, "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.peak_teraflops is not None and self.peak_teraflops <= 0:
+            raise ValueError(f"--peak_teraflops must be greater than 0, got {self.peak_teraflops}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+    @property
+    def upload_to(self) -> str | None:
+        """Repository to upload the finished model to, if any."""
+        return self.hub_model_id if self.push_to_hub else None
+
+    def create_accelerator(self) -> Accelerator:
+        return create_accelerator(
+            self.output_dir,
+            resume_from=self.resume_from_checkpoint,
+            cpu=self.cpu,
+            mixed_precision=self.mixed_precision,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            train_batch_size=self.train_batch_size,
+            report_to=self.report_to,
+            seed=self.seed,
+        )
+
+    def create_optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
+        return create_optimizer(model, self.learning_rate, (self.adam_beta1, self.adam_beta2), self.weight_decay)
+
+    def create_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        return create_scheduler(optimizer, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps)
+
+    def training_options(self) -> dict:
+        """Keyword arguments of [`train`]."""
+        return {
+            "max_train_steps": self.max_train_steps,
+            "checkpoints": Checkpoints(self.output_dir, self.checkpoints_total_limit),
+            "resume_from": self.resume_from_checkpoint,
+            "ema_decay": self.ema_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "logging_steps": self.logging_steps,
+            "checkpointing_steps": self.checkpointing_steps,
+            "evaluation_steps": self.image_logging_steps,
+            "peak_flops": None if self.peak_teraflops is None else self.peak_teraflops * 1e12,
+        }
+
+
+@dataclass
+class DatasetArguments:
+    _argument_group_name = "data"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set on the Hub, or a local folder of images or parquet files."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration (subset) of the data set."})
+    data_files: str | None = field(
+        default=None,
+        metadata={"help": f"Instead of --dataset_name: local files, globs allowed, one of {', '.join(BUILDERS)}."},
+    )
+    split: str = field(default="train", metadata={"help": "Split to read."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data set as a stream, without preparing it on disk first."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the images."})
+    center_crop: bool = field(
+        default=True, metadata={"help": "Keep the middle square of an image; otherwise squeeze it into a square."}
+    )
+    skip_corrupt_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out images that cannot be decoded, and log how many (default: stop at the first)."},
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images; 0 decodes in the main process."}
+    )
+
+    def load(self, required_columns: tuple[str, ...] = ()) -> datasets.Dataset | datasets.IterableDataset:
+        return load_image_dataset(
+            dataset_name=self.dataset_name,
+            dataset_config=self.dataset_config,
+            data_files=self.data_files,
+            split=self.split,
+            streaming=self.streaming,
+            image_column=self.image_column,
+            required_columns=required_columns,
+        )
+
+    def create_collator(self, resolution: int, **options) -> ImageCollator:
+        """`options` are further arguments of [`ImageCollator`]."""
+        return ImageCollator(
+            self.image_column,
+            resolution,
+            skip_corrupt_images=self.skip_corrupt_images,
+            center_crop=self.center_crop,
+            **options,
+        )
+
+
+@dataclass
+class TrainingDataArguments(DatasetArguments):
+    random_flip: bool = field(default=False, metadata={"help": "Mirror half of the images at random."})
+    shuffle_buffer_size: int = field(
+        default=10_000,
+        metadata={"help": "Examples in the shuffle buffer of a stream; a prepared data set is shuffled whole."},
+    )
+
+    def create_stream(
+        self,
+        accelerator: Accelerator,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        collate: Callable[[list[dict]], dict],
+        run: RunArguments,
+    ) -> TrainingStream:
+        """This rank's share of the data set."""
+        return TrainingStream(
+            dataset,
+            collate,
+            batch_size=run.train_batch_size,
+            seed=run.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            shuffle_buffer_size=self.shuffle_buffer_size,
+            num_workers=self.dataloader_num_workers,
+        )
+
+
+@dataclass
+class TransformerArguments:
+    _argument_group_name = "transformer"
+
+    rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
+    transformer: str | None = field(
+        default=None,
+        metadata={"help": "Trained transformer to continue from: a folder or a Hub id (default: a new one)."},
+    )
+    latents: str | None = field(
+        default=None,
+        metadata={"help": "Instead of images: a folder of their latents, written by extract_latents.py."},
+    )
+    hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
+    spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
+    depth_layers: int = field(default=4, metadata={"help": "Blocks of the depth transformer; 0 with depth 1 only."})
+    num_attention_heads: int = field(default=8, metadata={"help": "Attention heads."})
+    hidden_dropout: float = field(default=0.1, metadata={"help": "Dropout in the blocks."})
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={
+            "help": "Attention kernel; on a CPU in bf16, eager trains short maps 1.5 times faster than sdpa.",
+            "choices": ["eager", "sdpa", "flash_attention_2"],
+        },
+    )
+    labels: str = field(
+        default="soft",
+        metadata={
+            "help": "Targets: the nearest codes, or soft labels over all codes.",
+            "choices": ["hard", "soft"],
+        },
+    )
+    soft_label_temperature: float = field(
+        default=0.5, metadata={"help": "τ of the soft labels softmax(−‖r − e(k)‖²/τ)."}
+    )
+    stochastic_codes: bool = field(
+        default=True,
+        metadata={"help": "With soft labels: sample the codes from them; otherwise the nearest codes are the inputs."},
+    )
+    cond_dropout: float = field(
+        default=0.1, metadata={"help": "Share of conditions replaced by none, for classifier-free guidance."}
+    )
+
+    def __post_init__(self):
+        if self.labels not in ("hard", "soft"):
+            raise ValueError(f"--labels must be hard or soft, got {self.labels!r}")
+        if self.soft_label_temperature <= 0:
+            raise ValueError(f"--soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
+        if not 0 <= self.cond_dropout < 1:
+            raise ValueError(f"--cond_dropout must lie in [0, 1), got {self.cond_dropout}")
+
+    def load_dataset(
+        self, vae: RQVAEModel, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The latents or, without them, the images of `data`. Raises `ValueError` for latents with options that only
+        images have, and like [`load_latents`] and [`load_image_dataset`]."""
+        if self.latents is None:
+            return data.load(required_columns)
+        for option in fields(data):
+            applies_to_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
+            if applies_to_images and getattr(data, option.name) != option.default:
+                raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
+        return load_latents(self.latents, vae, data.streaming, required_columns)
+
+    def create_collator(
+        self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
+    ) -> ImageCollator | LatentCollator:
+        """For the examples of [`load_dataset`]; `conditions` are the columns and the tokenizer."""
+        if self.latents is not None:
+            return LatentCollator(latents_shape(vae), **conditions)
+        return data.create_collator(vae.config.sample_size, random_flip=data.random_flip, **conditions)
+
+    def create_model(self, vae: RQVAEModel, **conditions) -> RQTransformerModel:
+        """A new or a trained transformer; `conditions` are `cond_vocab_size`, `cond_length` and `null_cond_id`."""
+        if self.transformer is not None:
+            model = load_transformer(self.transformer, vae, **conditions)
+        else:
+            model = create_transformer(
+                vae,
+                hidden_size=self.hidden_size,
+                spatial_layers=self.spatial_layers,
+                depth_layers=self.depth_layers,
+                num_attention_heads=self.num_attention_heads,
+                hidden_dropout=self.hidden_dropout,
+                **conditions,
+            )
+        model.set_attn_implementation(self.attn_implementation)
+        return model
+
+    def create_loss(
+        self, vae: RQVAEModel, null_cond_id: int | None, autocast: Callable[[], AbstractContextManager]
+    ) -> RQTransformerLoss:
+        return RQTransformerLoss(
+            vae,
+            null_cond_id=null_cond_id,
+            soft_label_temperature=self.soft_label_temperature if self.labels == "soft" else None,
+            stochastic_codes=self.stochastic_codes,
+            cond_dropout=self.cond_dropout,
+            autocast=autocast,
+        )
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with the description as it is and one name per option; omits uninformative defaults."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        if isinstance(action.const, bool):
+            return action.option_strings[0]
+        kind = getattr(action.type, "__name__", "value") if action.choices is None else "|".join(action.choices)
+        return f"{action.option_strings[0]} {kind}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action):
+        is_uninformative = action.default is None or action.default is False or action.default == []
+        return action.help if is_uninformative else super()._get_help_string(action)
+
+
+def parse_arguments(*argument_classes: type, description: str, **defaults) -> tuple:
+    """Command line -> one object per class, with a script's own `defaults`. The help is a manual page: the
+    description, then the options by group."""
+    usage = "%(prog)s --output_dir FOLDER [options]"
+    parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=HelpFormatter)
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses()
+
+
+def flat_configuration(*arguments) -> dict:
+    """Arguments as one dictionary of values that any tracker can store."""
+    values = {k: v for args in arguments for k, v in asdict(args).items()}
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}

@@ -1,0 +1,73 @@
+import pytest
+from tiny import tiny_vae
+from torch import nn
+
+from rq_hf.data import ImageCollator, LatentCollator
+from rq_hf.training import RunArguments, TrainingDataArguments, TransformerArguments
+
+
+class TestRunArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
+            ({"max_train_steps": 0}, "--max_train_steps must be at least 1, got 0"),
+            ({"train_batch_size": 0}, "--train_batch_size must be at least 1"),
+            ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be at least 1"),
+            ({"checkpointing_steps": 0}, "--checkpointing_steps must be at least 1"),
+            ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit must be at least 1"),
+            ({"logging_steps": 0}, "--logging_steps must be at least 1"),
+            ({"ema_decay": 1.0}, r"--ema_decay must lie in \[0, 1\), got 1.0"),
+            ({"ema_decay": -0.1}, "--ema_decay"),
+            ({"peak_teraflops": 0.0}, "--peak_teraflops must be greater than 0, got 0.0"),
+        ],
+    )
+    def test_out_of_range_is_an_error_that_names_the_option(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            RunArguments("somewhere", **arguments)
+
+    def test_create_the_optimizer(self):
+        run = RunArguments("somewhere", learning_rate=0.25, adam_beta1=0.5, adam_beta2=0.75, weight_decay=0.125)
+        group = run.create_optimizer(nn.Linear(1, 1)).param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"labels": "none"}, "--labels must be hard or soft, got 'none'"),
+        ({"soft_label_temperature": 0.0}, "--soft_label_temperature must be greater than 0, got 0.0"),
+        ({"cond_dropout": 1.0}, r"--cond_dropout must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_transformer_arguments_out_of_range_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerArguments(rqvae="vae", **arguments)
+
+
+class TestLatentsOption:
+    """`--latents` instead of images."""
+
+    @pytest.fixture
+    def vae(self):
+        return tiny_vae()
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [("dataset_name", "user/images"), ("data_files", "*.tar"), ("random_flip", True), ("center_crop", False)],
+    )
+    def test_refuses_options_of_images(self, vae, option, value):
+        with pytest.raises(ValueError, match=f"--{option} applies to images"):
+            TransformerArguments("vae", latents="latents").load_dataset(vae, TrainingDataArguments(**{option: value}))
+
+    def test_collates_latents(self, vae):
+        data = TrainingDataArguments(random_flip=False)
+        collate = TransformerArguments("vae", latents="latents").create_collator(vae, data, label_column="label")
+        assert isinstance(collate, LatentCollator) and collate.label_column == "label"
+
+    def test_left_out_collates_images_of_the_size_of_the_rqvae(self, vae):
+        data = TrainingDataArguments(image_column="img", random_flip=True, center_crop=False)
+        collate = TransformerArguments("vae").create_collator(vae, data, label_column="label")
+        assert isinstance(collate, ImageCollator)
+        assert (collate.image_column, collate.resolution, collate.label_column) == ("img", 8, "label")
+        assert (collate.random_flip, collate.center_crop) == (True, False)

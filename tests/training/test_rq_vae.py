@@ -1,0 +1,93 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard
+from tiny import D, K, same_state, tiny_pixels, tiny_vae
+
+from rq_hf.metrics import LPIPS, codebook_usage, count_codes, psnr
+from rq_hf.training import RQVAELoss, initialize_codebook, rqvae_card
+from rq_hf.training.rq_vae import reconstructions, validation_metrics
+
+
+@pytest.fixture
+def pixels():
+    return tiny_pixels(4, 16, 16)
+
+
+class TestRQVAELoss:
+    @pytest.mark.parametrize(("name", "distance"), [("mse", F.mse_loss), ("l1", F.l1_loss)])
+    def test_is_reconstruction_and_commitment(self, pixels, name, distance):
+        vae = tiny_vae()
+        output = RQVAELoss(vae, reconstruction_loss=name, commitment_weight=0.5)(vae, {"pixels": pixels})
+        expected = vae(pixels)
+        reconstruction = distance(expected.sample, pixels)
+        torch.testing.assert_close(output.loss, reconstruction + 0.5 * expected.commitment_loss)
+        torch.testing.assert_close(output.metrics["loss_reconstruction"], reconstruction)
+
+    def test_adds_lpips(self, pixels):
+        vae, lpips = tiny_vae(), LPIPS()
+        output = RQVAELoss(vae, perceptual=lpips, perceptual_weight=3.0)(vae, {"pixels": pixels})
+        without = RQVAELoss(vae)(vae, {"pixels": pixels}).loss
+        expected = lpips(vae(pixels).sample, pixels).mean()
+        torch.testing.assert_close(output.loss - without, 3 * expected)
+        torch.testing.assert_close(output.metrics["loss_perceptual"], expected)
+
+    def test_adds_the_codebook_loss_of_a_codebook_trained_by_gradient(self, pixels):
+        vae = tiny_vae(codebook_update="gradient")
+        output, expected = RQVAELoss(vae)(vae, {"pixels": pixels}), vae(pixels)
+        reconstruction = F.mse_loss(expected.sample, pixels)
+        torch.testing.assert_close(
+            output.loss, reconstruction + 0.25 * expected.commitment_loss + expected.codebook_loss
+        )
+
+    def test_logs_psnr_and_codebook_usage_of_the_batch(self, pixels):
+        vae = tiny_vae()
+        metrics, expected = RQVAELoss(vae)(vae, {"pixels": pixels}).metrics, vae(pixels)
+        torch.testing.assert_close(metrics["psnr"], psnr(pixels, expected.sample).mean())
+        usage = codebook_usage(count_codes(expected.codes, K))
+        for d in range(D):
+            assert metrics[f"batch_usage_depth_{d + 1}"] == usage["usage"][d]
+            assert metrics[f"batch_perplexity_depth_{d + 1}"] == usage["perplexity"][d]
+
+    def test_refuses_another_reconstruction_loss(self):
+        with pytest.raises(ValueError, match="reconstruction_loss must be 'mse' or 'l1', got 'l2'"):
+            RQVAELoss(tiny_vae(), reconstruction_loss="l2")
+
+
+class TestValidationMetrics:
+    def test_are_those_of_all_batches(self, pixels):
+        vae, lpips = tiny_vae(), LPIPS()
+        metrics = validation_metrics(vae, pixels.split([3, 1]), lpips)
+        output = vae(pixels)
+        assert metrics["validation/psnr"] == pytest.approx(psnr(pixels, output.sample).mean().item())
+        assert metrics["validation/lpips"] == pytest.approx(lpips(output.sample.clamp(-1, 1), pixels).mean().item())
+        usage = codebook_usage(count_codes(output.codes, K))["usage"].tolist()
+        assert [metrics[f"validation/usage_depth_{d}"] for d in range(1, D + 1)] == pytest.approx(usage)
+
+    def test_leave_out_lpips_without_its_weights(self, pixels):
+        assert "validation/lpips" not in validation_metrics(tiny_vae(), [pixels])
+
+
+def test_reconstructions_go_from_coarse_to_fine(pixels):
+    vae = tiny_vae()
+    images = reconstructions(vae, pixels).unflatten(0, (D + 1, 4))
+    torch.testing.assert_close(images[0], pixels / 2 + 0.5)
+    torch.testing.assert_close(images[-1], vae(pixels).sample / 2 + 0.5)
+    torch.testing.assert_close(images[1], vae.decode_codes(vae.get_codes(pixels), depth=1).sample / 2 + 0.5)
+
+
+def test_first_codebook_is_the_k_means_of_the_features(pixels):
+    vae, other = tiny_vae(), tiny_vae()
+    other.load_state_dict(vae.state_dict())
+    torch.manual_seed(0)
+    initialize_codebook(vae, pixels.split(2))
+    torch.manual_seed(0)
+    other.quantizer.initialize(other.latents_to_vectors(other.encode(pixels).latents).detach())
+    assert same_state(vae, other)
+
+
+def test_card_says_what_the_model_is_and_how_to_use_it():
+    card = ModelCard(rqvae_card(tiny_vae()))
+    assert (card.data.library_name, card.data.tags) == ("rq_hf", ["rq-vae", "image-tokenizer"])
+    assert f"# RQ-VAE 8² → 4×4×{D}, {K} codewords" in card.text
+    assert "codes = vae.get_codes(pixels)" in card.text
