@@ -112,7 +112,7 @@ def encode(
         if mirror:
             pixels, rows = torch.cat([pixels, pixels.flip(-1)]), rows * 2
         with torch.no_grad(), accelerator.autocast():
-            vectors = vae.latents_to_vectors(vae.encode(pixels.to(accelerator.device)).latents)  # (B, H, W, C)
+            vectors = vae.encode_to_vectors(pixels.to(accelerator.device))  # (B, H, W, C)
         counts["rows"] += len(rows)
         for latents, row in zip(latents_to_bytes(vectors), rows):
             yield {"latents": latents, **row}

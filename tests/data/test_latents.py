@@ -41,7 +41,7 @@ def vectors(vae):
     """What the encoder gives for shapes, `(N, H, W, C)`."""
     pixels = torch.stack([to_pixels(draw_shape(number, 16), 8) for number in range(COUNT)])
     with torch.no_grad():
-        return vae.latents_to_vectors(vae.encode(pixels).latents)
+        return vae.encode_to_vectors(pixels)
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def shape_pixels(numbers=range(COUNT)):
 
 @torch.no_grad()
 def encoded(vae, pixels):
-    return vae.latents_to_vectors(vae.encode(pixels).latents)
+    return vae.encode_to_vectors(pixels)
 
 
 def assert_rounded(actual, expected):

@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from rq_hf import convert_original_checkpoint
 from rq_hf.convert.tokenizer import convert_tokenizer
-from rq_hf.convert.weights import joined, rqtransformer_weights, rqvae_weights
+from rq_hf.convert.weights import concatenate, rqtransformer_weights, rqvae_weights
 from rq_hf.images import to_pixels
-from rq_hf.metrics import codebook_health, count_codes
+from rq_hf.metrics import codebook_usage, count_codes
 from rq_hf.models.rq_transformer import code_sampling, generation_rq_transformer
 from rq_hf.models.rq_transformer.code_sampling import filter_logits
 
@@ -78,7 +78,7 @@ def test_losses_and_gradients(case):
     io, original = golden.recorded("stage1", case), golden.state_dict("stage1", case)
     hparams = golden.config("stage1", case)["arch"]["hparams"]
     vae = golden.converted_vae(case)
-    weights = {name: joined(parts) for name, parts in rqvae_weights(original, vae).items()}
+    weights = {name: concatenate(parts) for name, parts in rqvae_weights(original, vae).items()}
     x = io["in/x"].clone().requires_grad_()
     out = functional_call(vae, weights, (x,))
     reconstruction_loss = {"mse": F.mse_loss, "l1": F.l1_loss}[hparams["loss_type"]](out.sample, x)
@@ -269,7 +269,7 @@ def test_gradients(case):
         golden.state_dict("stage2", case),
     )
     transformer = pipe.transformer
-    weights = {name: joined(parts) for name, parts in rqtransformer_weights(original, transformer).items()}
+    weights = {name: concatenate(parts) for name, parts in rqtransformer_weights(original, transformer).items()}
     labels = {"residuals": residuals_of(pipe, case), "soft_label_temperature": 0.5, "return_logits": False}
     arguments = (io["in/codes"], condition(io, transformer))
     functional_call(transformer, weights, arguments, labels).loss.backward()
@@ -344,7 +344,7 @@ def test_codebook_statistics():
     histogram, maps = io["out/codebook/usage_histogram"], (io["in/codebook/codes0"], io["in/codebook/codes1"])
     counts = sum(count_codes(codes, histogram.shape[-1]) for codes in maps)
     close(counts / maps[0][0, :, :, 0].numel(), histogram)
-    close(codebook_health(counts)["perplexity"], io["out/codebook/perplexity_exp_entropy"])
+    close(codebook_usage(counts)["perplexity"], io["out/codebook/perplexity_exp_entropy"])
 
 
 @golden.require("sampling")

@@ -71,7 +71,7 @@ class TestRQTransformerLoss:
     @pytest.fixture
     def latents(self, vae, pixels):
         with torch.no_grad():
-            return vae.latents_to_vectors(vae.encode(pixels).latents).bfloat16()
+            return vae.encode_to_vectors(pixels).bfloat16()
 
     @pytest.fixture
     def model(self, vae):
@@ -99,7 +99,7 @@ class TestRQTransformerLoss:
         assert all(not torch.equal(first, second) for first, second in zip(*sampled))
 
     def test_soft_labels_without_stochastic_codes_follow_the_nearest_codes(self, vae, model, latents):
-        codes, residuals = vae.quantizer.get_codes(latents)
+        codes, residuals = vae.quantizer.encode(latents)
         output = RQTransformerLoss(vae, soft_label_temperature=0.3, stochastic_codes=False)(
             model, {"latents": latents}
         )
@@ -109,7 +109,7 @@ class TestRQTransformerLoss:
         assert not torch.isclose(output.loss, model.transformer(codes, labels=codes).loss)
 
     def test_hard_labels_are_the_nearest_codes(self, vae, model, latents):
-        codes, _ = vae.quantizer.get_codes(latents)
+        codes, _ = vae.quantizer.encode(latents)
         output = RQTransformerLoss(vae, soft_label_temperature=None)(model, {"latents": latents})
         assert torch.equal(model.codes, codes)
         expected = model.transformer(codes, labels=codes)

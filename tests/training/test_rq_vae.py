@@ -82,7 +82,7 @@ def test_first_codebook_is_the_k_means_of_the_features(pixels):
     torch.manual_seed(0)
     initialize_codebook(vae, pixels.split(2))
     torch.manual_seed(0)
-    other.quantizer.initialize(other.latents_to_vectors(other.encode(pixels).latents).detach())
+    other.quantizer.initialize(other.encode_to_vectors(pixels).detach())
     assert same_state(vae, other)
 
 

@@ -173,6 +173,3 @@ def take_weights(
 def concatenate(parts: Parts) -> torch.Tensor:
     """The complete weight, in float32."""
     return (torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()).float()
-
-
-joined = concatenate

@@ -3,6 +3,4 @@ from .lpips import LPIPS
 from .reconstruction import codebook_usage, count_codes, psnr
 from .scorers import ClassifierScorer, CLIPScorer
 
-codebook_health = codebook_usage
-
 __all__ = ["CLIPScorer", "ClassifierScorer", "LPIPS", "codebook_usage", "count_codes", "frechet_distance", "psnr"]

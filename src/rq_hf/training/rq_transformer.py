@@ -125,8 +125,8 @@ class RQTransformerLoss:
             if "latents" in batch:
                 vectors = batch["latents"]  # (B, H, W, C)
             else:
-                vectors = self.vae.latents_to_vectors(self.vae.encode(batch["pixels"]).latents)
-            codes, residuals = self.vae.quantizer.get_codes(vectors, temperature if self.stochastic_codes else None)
+                vectors = self.vae.encode_to_vectors(batch["pixels"])
+            codes, residuals = self.vae.quantizer.encode(vectors, temperature if self.stochastic_codes else None)
         if temperature is None:
             targets = {"labels": codes}
         else:

@@ -103,7 +103,7 @@ def usage_metrics(counts: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def initialize_codebook(model: RQVAEModel, batches: Iterable[torch.Tensor]) -> None:
     """Sets the codebook by k-means on the encoder's features of batches of pixels."""
-    vectors = [model.latents_to_vectors(model.encode(pixels.to(model.device)).latents) for pixels in batches]
+    vectors = [model.encode_to_vectors(pixels.to(model.device)) for pixels in batches]
     model.quantizer.initialize(torch.cat(vectors))
 
 
