@@ -282,7 +282,7 @@ def main() -> None:
         ),
         hooks=[discriminator] if discriminator else [],
         evaluate=functools.partial(evaluate_reconstructions, accelerator, model, shown, held_out, perceptual),
-        units_per_image={"codes": args.depth * math.prod(code_shape(model))},
+        units_per_image={"codes": math.prod(code_shape(model))},
         configuration=flat_configuration(run, data, args, losses, validation),
         **run.training_options(),
     )

@@ -124,6 +124,8 @@ class TestLaunched:
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
         assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
         assert all(np.isfinite(value) for line in lines for value in line.values())
+        for line in lines:
+            assert line["codes_per_second"] == pytest.approx(GRID * GRID * DEPTH * line["images_per_second"])
 
     @each_script
     def test_tensorboard_has_curves_and_images(self, launched, script):

@@ -101,6 +101,7 @@ class DiscriminatorTrainer(TrainingHook):
     [`LossOutput.outputs`] must be the pixels and their reconstructions, both `(B, 3, height, width)`.
 
     Args:
+        accelerator: that of the run.
         discriminator: it learns from step `start` on, and its loss reaches the RQ-VAE `warmup_steps` later, once it is
             informative.
         optimizer, scheduler: of the discriminator.

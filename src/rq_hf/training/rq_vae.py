@@ -30,16 +30,16 @@ class RQVAELoss:
 
         L = L_recon + β·L_commit,    L_recon = ‖X − X̂‖²,    L_commit = Σ_d ‖Z − sg[Ẑ⁽ᵈ⁾]‖²
 
-    with means instead of sums; to L_recon comes LPIPS, and to L the adversarial term and, for a codebook that is
-    trained by gradient, the codebook loss. Outputs are the pixels and their reconstructions.
+    with means instead of sums. LPIPS is added to L_recon; the adversarial term and, for a codebook that is trained by
+    gradient, the codebook loss are added to L. Outputs are the pixels and their reconstructions.
 
     Args:
         model: the RQ-VAE, not prepared.
         reconstruction_loss (`str`): `"mse"`, the squared error, or `"l1"`.
         commitment_weight (`float`): β.
-        perceptual: LPIPS, if it is part of the loss.
+        perceptual: LPIPS; `None` leaves it out.
         perceptual_weight (`float`): weight of LPIPS.
-        discriminator: if there is an adversarial term; also a hook of [`train`].
+        discriminator: gives the adversarial term, and is also a hook of [`train`]; `None` leaves it out.
     """
 
     def __init__(
