@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from measure import least_seconds
-from sampling import TEMPERATURE, Case, transformer_sampler, vae_sampler, weights_of_position
+from samplers import TEMPERATURE, Case, transformer_sampler, vae_sampler, weights_of_position
 
 from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
 

@@ -76,7 +76,7 @@ def main() -> None:
         samples = {"num_images_per_prompt": classes.num_samples}
         call = "pipe(num_images_per_prompt=4)"
     if run.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
     collate = args.create_collator(vae, data, label_column=classes.label_column)

@@ -98,7 +98,7 @@ def main() -> None:
         vae, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
     )
     if run.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model, tokenizer)
     if text.validation_prompts:
         pipeline.encode_prompt(text.validation_prompts)  # refuses prompts that are too long before the training

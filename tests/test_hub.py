@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from fake_hub import FakeHub
-from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files
+from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, upload_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -119,7 +119,8 @@ def check_transformer(pipe, loader):
 @pytest.mark.parametrize("part", ["pipeline", "vae", "transformer"])
 def check_card_survives(pipe, part):
     repo = create_repo(f"tester/{part}-with-card").repo_id
-    ModelCard("---\nlicense: apache-2.0\n---\nDraws fire engines.\n").push_to_hub(repo)
+    card = b"---\nlicense: apache-2.0\n---\nDraws fire engines.\n"
+    upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
     model = pipe if part == "pipeline" else getattr(pipe, part)
     model.push_to_hub(repo)
     card = ModelCard.load(hf_hub_download(repo, "README.md"))

@@ -184,7 +184,7 @@ def training_gradients(model, codes, ids, kept=None):
 def test_gradient_checkpointing_saves_memory_and_keeps_gradients(kind):
     plain, checkpointed = tiny_transformer(kind).train(), tiny_transformer(kind).train()
     checkpointed.load_state_dict(plain.state_dict())
-    checkpointed.activation_checkpointing_enable()
+    checkpointed.gradient_checkpointing_enable()
     codes, ids = tiny_codes(), tiny_condition(kind)
     kept, kept_checkpointed = [], []
     expected = training_gradients(plain, codes, ids, kept)

@@ -28,7 +28,7 @@ from tiny import (
 )
 
 from rq_hf import RQPipeline, RQPipelineOutput
-from rq_hf.data import Collator
+from rq_hf.data import ImageCollator
 
 GREEDY = {"do_sample": False, "output_type": "latent"}
 
@@ -118,7 +118,7 @@ def test_prompts_are_padded_on_the_right_as_in_training(side):
     assert pipe.encode_prompt("red").tolist() == ids[:1].tolist()
     image = PIL.Image.new("RGB", (8, 8))
     examples = [{"text": text, "image": image} for text in ("red", "red apple")]
-    collate = Collator("image", 8, text_column="text", tokenizer=pipe.tokenizer)
+    collate = ImageCollator("image", 8, text_column="text", tokenizer=pipe.tokenizer)
     assert torch.equal(collate(examples)["cond_ids"], ids)
 
 

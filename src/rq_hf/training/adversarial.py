@@ -139,6 +139,8 @@ class DiscriminatorTrainer(TrainingHook):
 
     def prepare(self, model: nn.Module) -> None:
         prepared, self.optimizer = self.accelerator.prepare(self.discriminator, self.optimizer)
+        # Before a forward pass, DDP would overwrite the batch norm statistics that an earlier one keeps for its backward.
+        prepared.broadcast_buffers = False
         self.modules = (prepared,)
         self.accelerator.register_for_checkpointing(self)
 

@@ -74,7 +74,8 @@ class RQTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "rq_transformer"
-    sub_configs_defaults = {"spatial_config": RQStackConfig, "depth_config": RQStackConfig}
+    # Older releases of transformers know the first name only, and leave it to the class to create the configurations.
+    sub_configs = sub_configs_defaults = {"spatial_config": RQStackConfig, "depth_config": RQStackConfig}
 
     code_shape: list[int] | tuple[int, ...] = (8, 8, 4)
     codebook_size: int = 16384
@@ -95,6 +96,9 @@ class RQTransformerConfig(PreTrainedConfig):
         self.code_shape = tuple(self.code_shape)
         if self.depth_config is None:
             self.depth_config = {"num_hidden_layers": 4}
+        for name, config_class in self.sub_configs.items():
+            if not isinstance(getattr(self, name), PreTrainedConfig):
+                setattr(self, name, config_class(**(getattr(self, name) or {})))
         super().__post_init__(**kwargs)
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"code_shape must be (H, W, D), each at least 1, got {self.code_shape}")
