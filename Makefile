@@ -15,7 +15,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## draw an image: make demo PROMPT="fire engine"
+demo: $(READY) ## sample an image: make demo PROMPT="fire engine"
 	@$(PY) examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT")
 
 test: export HF_HUB_OFFLINE = 1
@@ -26,7 +26,7 @@ quality: $(READY) ## check style and formatting
 	$(PY) -m ruff check $(SOURCES)
 	$(PY) -m ruff format --check $(SOURCES)
 
-style: $(READY) ## repair style and formatting
+style: $(READY) ## fix style and formatting
 	$(PY) -m ruff check --fix $(SOURCES)
 	$(PY) -m ruff format $(SOURCES)
 

@@ -1,10 +1,10 @@
 """
-Peak memory and time of converting a made-up checkpoint of the size of the published 1.4B model (Linux).
+Peak memory and time of converting a synthetic checkpoint of the size of the published 1.4B model (Linux).
 
     python benchmarks/conversion_memory.py
 
-The conversion runs in a process of its own; the most memory that it ever held, mapped files included (VmHWM), is
-compared with the size of the checkpoint. The aim is at most 2 GB more.
+The conversion runs in a separate process. Its peak resident memory, including memory-mapped files (VmHWM), is compared
+with the size of the checkpoint. The aim is an excess of at most 2 GB.
 """
 
 import subprocess
@@ -57,7 +57,7 @@ print(f"{time.perf_counter() - start:.0f} s, peak {memory('VmHWM'):.2f} GB")
 """
 
 
-def make_up(model: torch.nn.Module, names_of, shape_of) -> dict[str, torch.Tensor]:
+def random_weights(model: torch.nn.Module, names_of, shape_of) -> dict[str, torch.Tensor]:
     """Random weights for a model on the meta device, with the authors' names and shapes."""
     state_dict = {}
     for name, weight in model.state_dict().items():
@@ -76,8 +76,8 @@ def main() -> None:
             vae = RQVAEModel(**rqvae_config(Section(yaml.safe_load(RQVAE))))
             transformer = RQTransformerModel(rqtransformer_config(Section(yaml.safe_load(RQTRANSFORMER)), True))
         for stage, config, state_dict in (
-            ("stage1", RQVAE, make_up(vae, rqvae_names, rqvae_shape)),
-            ("stage2", RQTRANSFORMER, make_up(transformer, rqtransformer_names, rqtransformer_shape)),
+            ("stage1", RQVAE, random_weights(vae, rqvae_names, rqvae_shape)),
+            ("stage2", RQTRANSFORMER, random_weights(transformer, rqtransformer_names, rqtransformer_shape)),
         ):
             (source / stage).mkdir(parents=True)
             (source / stage / "config.yaml").write_text(config)

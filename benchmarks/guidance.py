@@ -1,10 +1,11 @@
-"""Time guided sampling, where the classifier sees the mixed states of every image once, beside the usual formula,
-where it sees conditional and null states and their logits are mixed.
+"""Speed of guided sampling with mixed hidden states, against the usual formula with mixed logits.
 
     python benchmarks/guidance.py
 
-The same weights and the same greedy codes, at batch 16 on two threads: 512 wide, 12 + 4 layers, K = 16,384, and maps
-of 1×8×4 codes. Time per batch and its ratio, the least of --repeats interleaved runs.
+With mixed hidden states, the classifier runs once per image. With mixed logits, it runs on the conditional and on the
+null hidden states. Both use the same weights and give the same greedy codes, at batch size 16 on two threads: hidden
+size 512, 12 + 4 layers, K = 16,384, and maps of 1×8×4 codes. Time is per batch, the minimum of --repeats interleaved
+runs; the ratio is relative to mixed hidden states.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def create_model() -> RQTransformerModel:
 
 
 def mix_logits(model: RQTransformerModel) -> RQTransformerModel:
-    """A copy whose classifier mixes logits instead of states."""
+    """A copy whose classifier mixes logits instead of hidden states."""
 
     class LogitMixingClassifier(type(model.classifier)):
         def forward(self, hidden_states, first_depth=0, guidance_scale=None):

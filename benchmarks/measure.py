@@ -1,4 +1,4 @@
-"""What the benchmarks share: time as the best of interleaved repeats, memory in a process of its own (Linux)."""
+"""Shared by the benchmarks: minimum time of interleaved repeats, and peak memory in a new process (Linux)."""
 
 import sys
 import time
@@ -11,8 +11,8 @@ from types import ModuleType
 
 
 def least_seconds(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """The least seconds that each of `steps` took. They take turns, so that a busy machine is busy for all of them,
-    after one round that does not count."""
+    """The minimum time of each of `steps`, in seconds, after one warm-up round. The steps are interleaved, so that
+    other load on the machine affects all of them."""
     seconds = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():
@@ -23,7 +23,7 @@ def least_seconds(steps: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 
 def print_comparison(memory: dict[str, float], seconds: dict[str, float]) -> None:
-    """MiB and seconds of each, and how many times the seconds of the first."""
+    """Prints memory in MiB, time in seconds, and the ratio of each time to the first."""
     first = next(iter(seconds))
     for name in seconds:
         times = seconds[name] / seconds[first]
@@ -31,15 +31,15 @@ def print_comparison(memory: dict[str, float], seconds: dict[str, float]) -> Non
 
 
 def peak_mebibytes(make_step: Callable, *args) -> float:
-    """Resident memory, in MiB, that the first call of `make_step(*args)()` takes at its peak beyond what is there when
-    it begins: in a new process, where nothing freed earlier can be used again."""
+    """Peak resident memory of the first call of `make_step(*args)()` beyond the memory at its start, in MiB. It runs
+    in a new process, so that it cannot reuse memory that was freed earlier."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak_mebibytes, make_step, args).result()
 
 
 def _peak_mebibytes(make_step, args):
     step = make_step(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the highest VmRSS so far, starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest VmRSS so far
     before = _kibibytes("VmRSS")
     step()
     return (_kibibytes("VmHWM") - before) / 1024
@@ -53,7 +53,7 @@ def _kibibytes(name):
 def import_reference(checkout: str, module: str) -> ModuleType:
     """A module of the authors' models, such as `"rqvae.rqvae"`, from a checkout of kakaobrain/rq-vae-transformer.
 
-    Their package as a whole imports only on old versions of Python: its `__init__` is left out.
+    The `__init__` of their package is skipped, because it imports only on old versions of Python.
     """
     package = ModuleType("reference")
     package.__path__ = [str(Path(checkout, "rqvae", "models"))]

@@ -1,12 +1,12 @@
 """
-What bfloat16 and int8 weights change in the probabilities of the emoji model (a minute, on a CPU).
+Effect of bfloat16 and int8 weights on the probabilities of the emoji model (a minute, on a CPU).
 
     python benchmarks/precision.py
 
-512 maps of codes are drawn in float32 for 64 captions of the demo's kind. Along these codes, every variant of the
-transformer gives its probabilities: the divergence KL(float32 ‖ variant) in nats per code, the share of codes whose
-most likely code stays the same, and the size of the weights. int8 is torchao's weight-only quantization, of all linear
-maps but the classifier.
+The float32 model samples 8 code maps for each of 24 captions like those of the demo. Every variant of the transformer
+predicts these codes, and its probabilities are compared with those of float32: the divergence KL(float32 ‖ variant) in
+nats per code, and the share of codes for which the most likely code is the same. int8 is torchao's weight-only
+quantization of all linear layers except the classifier.
 """
 
 import torch

@@ -1,24 +1,25 @@
 """
-A training step of the residual quantizer, against the authors' and vector-quantize-pytorch's (minutes, on a CPU).
+A training step of the residual quantizer, compared with the authors' code and vector-quantize-pytorch (minutes, on a
+CPU).
 
     git clone https://github.com/kakaobrain/rq-vae-transformer REFERENCE
     pip install vector-quantize-pytorch
     python benchmarks/quantizer.py --reference REFERENCE
 
-2048 vectors (32 maps of 8×8), K = 16384, D = 4, C = 256, one codebook for all depths, float32: the forward pass in
-training mode, which quantizes, moves the codebook and replaces dead codewords, without backward. Every one of them
-starts from the same codebook, and from the state of some steps of training.
+2048 vectors (32 maps of 8×8), K = 16384, D = 4, C = 256, one codebook for all depths, float32. The forward
+pass in training mode quantizes, updates the codebook and restarts unused codewords; the backward pass is not measured.
+All implementations start from the same codebook and are timed after five training steps.
 
-`rq_hf` (ResidualQuantizer) and `authors` (RQBottleneck) do the same: every depth moves the codebook, with decay 0.99,
-and restarts codewords that attract fewer than one vector. Their codes are compared: the first steps restart
-most of the codebook at eight near copies of each vector, among which rounding decides. `vector-quantize-pytorch`
-(ResidualVQ, with what comes closest: decay 0.99, dead below 1, no k-means, straight-through gradient) does less: it
-moves the codebook once a step, and replaces at most as many codewords as there are vectors. What is not installed or
-given is left out.
+`rq_hf` (ResidualQuantizer) and `authors` (RQBottleneck) compute the same: every depth updates the codebook with decay
+0.99, and restarts codewords that attract fewer than one vector. Their codes are compared; they can differ, because the
+first steps restart most of the codebook at eight near copies of each vector, and rounding decides between these.
+`vector-quantize-pytorch` (ResidualVQ, with the closest options: decay 0.99, dead below 1, no k-means, straight-through
+gradient) does less: it updates the codebook once per step and replaces at most as many codewords as there are vectors.
+The authors' code is left out without --reference, and vector-quantize-pytorch if it is not installed.
 
-Time is the least of interleaved repeats, in one process. Memory is the most that is resident during the first step
-beyond module and vectors, each in a process of its own. Aims: twice as fast as the authors', 3.5 times as fast as
-vector-quantize-pytorch.
+Time is the minimum of interleaved repeats, in one process. Memory is the peak resident memory during the first step
+beyond the module and the vectors, each in a new process. Aims: twice as fast as the authors' code, 3.5 times as fast
+as vector-quantize-pytorch.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def vector_quantize_pytorch(codebook):
 
 
 def make_step(make_module, *args):
-    """A step of training on the next one of some batches: a function without arguments that returns the codes."""
+    """A function without arguments that takes a training step on the next of eight batches and returns the codes."""
     torch.manual_seed(0)
     codebook = torch.randn(K, C)
     batches = itertools.cycle([torch.randn(B, H, W, C, requires_grad=True) for _ in range(8)])

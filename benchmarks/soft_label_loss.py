@@ -1,16 +1,16 @@
 """
-Cross-entropy with soft labels, fused with the classifier, against the plain formula (a minute, on a CPU).
+Cross-entropy with soft labels, fused with the classifier, compared with the direct formula (a minute, on a CPU).
 
     python benchmarks/soft_label_loss.py
 
-One training batch: 32 maps of 8×8×4 codes, K = 16384, C = 256, hidden size 512, float32. Measured is the way from
-hidden states and residuals to the loss and to its gradients by hidden states, weight and bias. `fused` is
-`fused_linear_cross_entropy`. `plain` is each formula written down for the whole batch, and autograd: the soft targets
-softmax(−‖r − e‖²/τ), the logits, and −Σ target · log softmax(logits), all of them (N, D, K).
+One training batch: 32 maps of 8×8×4 codes, K = 16384, C = 256, hidden size 512, float32. A step
+computes the loss from hidden states and residuals, and its gradients with respect to hidden states, weight and bias.
+`fused` is `fused_linear_cross_entropy`. `plain` evaluates the formulas for the whole batch, with autograd: the soft
+targets softmax(−‖r − e‖²/τ), the logits, and −Σ target · log softmax(logits), each of shape (N, D, K).
 
-Time is the least of interleaved repeats, in one process. Memory is the most that is resident at any time beyond the
-inputs, each in a process of its own. Aims: at most a third of the memory, at most 0.8 times the time, and loss and
-gradients equal to 1e-5 of their norms.
+Time is the minimum of interleaved repeats, in one process. Memory is the peak resident memory beyond the inputs, each
+in a new process. Aims: at most a third of the memory, at most 0.8 times the time, and loss and gradients equal to
+within 1e-5 of their norms.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def plain_targets(residuals, codebook):
 
 
 def make_step(loss_of):
-    """The loss and its gradients by hidden states, weight and bias: a function without arguments."""
+    """A function without arguments that returns the loss and its gradients by hidden states, weight and bias."""
     torch.manual_seed(0)
     hidden_states = torch.randn(N, D, E, requires_grad=True)
     weight = (torch.randn(1, K, E) * 0.02).requires_grad_()

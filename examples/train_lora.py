@@ -1,13 +1,14 @@
 """Teach a text-to-image pipeline a few new words with a LoRA adapter: a minute on a CPU (pip install 'rq_hf[lora]').
 
-    python examples/train_lora.py pictures --keep "sunflower" "fire engine" --output_dir runs/lora
+    python examples/train_lora.py images --keep "sunflower" "fire engine" --output_dir runs/lora
 
-`pictures` is a folder of PNG files; `blue sunflower.png` is a picture of "blue sunflower". They are resized to what
-the model draws. So few of them would make it forget what else it knows: in every step it also rehearses some of the
-prompts to keep, by what it draws for them before the training.
+`images` is a folder of PNG files; the file name is the caption, so `blue sunflower.png` has the caption "blue
+sunflower". Images are resized to the resolution of the model. Training on these few images alone would make the model
+forget other prompts. Therefore every batch also contains samples for some of the --keep prompts, taken before the
+training.
 
-OUTPUT_DIR, which must be new, gets the `adapter`, for `pipe.transformer.load_adapter`, the `pipeline` with the adapter
-merged into it, and `pictures.png`: the given pictures, and below them what that pipeline draws for all prompts.
+OUTPUT_DIR must be new. It receives the `adapter`, for `pipe.transformer.load_adapter`, the `pipeline` with the adapter
+merged, and `samples.png`: the training images, and below them one sample of the new pipeline for each prompt.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from rq_hf import EMOJI_MODEL, RQPipeline
 from rq_hf.images import captioned_grid, to_rgb
 
 
-def load_pictures(folder: Path, pipe: RQPipeline) -> dict[str, Image.Image]:
-    """The pictures in `folder` by their names, as large as those of `pipe`."""
+def load_images(folder: Path, pipe: RQPipeline) -> dict[str, Image.Image]:
+    """The images in `folder` by caption, resized to the resolution of `pipe`."""
     paths = sorted(folder.glob("*.png"))
     if not paths:
         raise ValueError(f"there are no PNG files in {folder}")
@@ -31,7 +32,7 @@ def load_pictures(folder: Path, pipe: RQPipeline) -> dict[str, Image.Image]:
 
 
 def train(model, new, kept, steps: int, batch_size: int, learning_rate: float) -> None:
-    """`new` and `kept` are codes `(N, H, W, D)` and condition ids `(N, L)`; a batch has as many as it can of each."""
+    """`new` and `kept` are codes `(N, H, W, D)` and condition ids `(N, L)`; each provides up to half of a batch."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), learning_rate)
     model.train()
     for step in range(1, steps + 1):
@@ -48,8 +49,8 @@ def train(model, new, kept, steps: int, batch_size: int, learning_rate: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--keep", nargs="+", required=True, metavar="PROMPT", help="prompts to rehearse")
+    parser.add_argument("images", type=Path, help="folder of PNG files named by their captions")
+    parser.add_argument("--keep", nargs="+", required=True, metavar="PROMPT", help="prompts to rehearse in training")
     parser.add_argument("--model", default=EMOJI_MODEL, help="any text-to-image pipeline: a folder or a Hub id")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--rank", type=int, default=8)
@@ -61,13 +62,13 @@ def main() -> None:
     if args.output_dir.exists():
         raise ValueError(f"--output_dir must be new, but {args.output_dir} exists")
     if args.batch_size < 2:
-        raise ValueError(f"--batch_size must be at least 2, half for new pictures, got {args.batch_size}")
+        raise ValueError(f"--batch_size must be at least 2, half of it for new images, got {args.batch_size}")
     torch.manual_seed(0)
     pipe = RQPipeline.from_pretrained(args.model)
     if not pipe.is_text_conditional:
         raise ValueError(f"--model must be a text-to-image pipeline, got {args.model}")
-    pictures = load_pictures(args.pictures, pipe)
-    new = pipe.encode_image(list(pictures.values())), pipe.encode_prompt(list(pictures))
+    images = load_images(args.images, pipe)
+    new = pipe.encode_image(list(images.values())), pipe.encode_prompt(list(images))
     kept = pipe(args.keep, output_type="latent").codes, pipe.encode_prompt(args.keep)
 
     targets = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
@@ -79,12 +80,12 @@ def main() -> None:
     model.save_pretrained(args.output_dir / "adapter")
     pipe.transformer = model.merge_and_unload()
     pipe.save_pretrained(args.output_dir / "pipeline")
-    prompts = [*pictures, *args.keep]
-    drawn = pipe(prompts, generator=torch.Generator().manual_seed(0)).images
-    given = [f"given: {name}" for name in pictures]
-    grid = captioned_grid([*pictures.values(), *drawn], [*given, *prompts], columns=len(pictures))
-    grid.save(args.output_dir / "pictures.png")
-    print(f"{args.output_dir / 'pictures.png'}, {args.output_dir / 'adapter'}, {args.output_dir / 'pipeline'}")
+    prompts = [*images, *args.keep]
+    samples = pipe(prompts, generator=torch.Generator().manual_seed(0)).images
+    given = [f"given: {caption}" for caption in images]
+    grid = captioned_grid([*images.values(), *samples], [*given, *prompts], columns=len(images))
+    grid.save(args.output_dir / "samples.png")
+    print(f"{args.output_dir / 'samples.png'}, {args.output_dir / 'adapter'}, {args.output_dir / 'pipeline'}")
 
 
 if __name__ == "__main__":

@@ -80,11 +80,11 @@ class TestLoRA:
 def test_example_learns_new_words(tmp_path):
     pipe = tiny_pipeline("text")
     pipe.save_pretrained(tmp_path / "model")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("red fire", "green"):
         pixels = torch.randint(256, (HEIGHT, WIDTH + 3, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "pictures" / f"{name}.png")
-    command = [EXAMPLE, tmp_path / "pictures", "--keep", "apple", "red", "--model", tmp_path / "model"]
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{name}.png")
+    command = [EXAMPLE, tmp_path / "images", "--keep", "apple", "red", "--model", tmp_path / "model"]
     command += ["--output_dir", tmp_path / "out", "--steps", "60", "--learning_rate", "0.02"]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -95,7 +95,7 @@ def test_example_learns_new_words(tmp_path):
     ids, codes = taught.encode_prompt(["red fire", "apple"]), tiny_codes(2)
     pipe.transformer.load_adapter(tmp_path / "out" / "adapter")
     torch.testing.assert_close(taught.transformer(codes, ids).logits, pipe.transformer(codes, ids).logits)
-    assert (tmp_path / "out" / "pictures.png").exists()
+    assert (tmp_path / "out" / "samples.png").exists()
 
     again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert again.returncode != 0
