@@ -40,7 +40,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from measure import least_seconds, peak_mebibytes
-from samplers import C, Case, transformer_sampler, vae_sampler, weights_of_position
+from samplers import C, Case, D, transformer_sampler, vae_sampler, weights_of_position
 from torch.utils.flop_counter import FlopCounterMode
 
 from rq_hf import RQVAEModel

@@ -38,7 +38,6 @@ from rq_hf.training import (
     RQVAELoss,
     RunArguments,
     TrainingDataArguments,
-    code_shape,
     evaluate_reconstructions,
     flat_configuration,
     initialize_codebook,
@@ -282,7 +281,7 @@ def main() -> None:
         ),
         hooks=[discriminator] if discriminator else [],
         evaluate=functools.partial(evaluate_reconstructions, accelerator, model, shown, held_out, perceptual),
-        units_per_image={"codes": math.prod(code_shape(model))},
+        units_per_image={"codes": math.prod(model.code_shape)},
         configuration=flat_configuration(run, data, args, losses, validation),
         **run.training_options(),
     )

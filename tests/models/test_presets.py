@@ -52,7 +52,7 @@ def test_both_stages_fit_together(name):
         config.codebook_dim,
         config.shared_codebook,
     )
-    assert [vae.config.sample_size // pixels for pixels in vae.pixels_per_code] == list(config.code_shape[:2])
+    assert vae.code_shape == config.code_shape
 
 
 def test_the_baseline_has_one_code_at_16_by_16_positions_and_the_layers_of_the_1_4b_model():

@@ -22,8 +22,7 @@ DTYPE = torch.bfloat16
 
 def latents_shape(vae: RQVAEModel) -> tuple[int, int, int]:
     """`(H, W, C)` of the latents of an image."""
-    height, width = (vae.config.sample_size // pixels for pixels in vae.pixels_per_code)
-    return height, width, vae.config.codebook_dim
+    return *vae.code_shape[:2], vae.config.codebook_dim
 
 
 def describe_latents(vae: RQVAEModel) -> dict:

@@ -17,7 +17,7 @@ from .rq_transformer import (
     save_pipeline,
     train_pipeline,
 )
-from .rq_vae import RQVAELoss, code_shape, evaluate_reconstructions, initialize_codebook, rqvae_card
+from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, rqvae_card
 from .trackers import JSONLinesTracker, log_images
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "TrainingDataArguments",
     "TrainingHook",
     "TransformerArguments",
-    "code_shape",
     "create_accelerator",
     "create_optimizer",
     "create_scheduler",

@@ -139,7 +139,7 @@ class DiscriminatorTrainer(TrainingHook):
 
     def prepare(self, model: nn.Module) -> None:
         prepared, self.optimizer = self.accelerator.prepare(self.discriminator, self.optimizer)
-        # Before a forward pass, DDP would overwrite the batch norm statistics that an earlier one keeps for its backward.
+        # DDP would overwrite batch norm statistics that the backward pass of an earlier forward pass still needs.
         prepared.broadcast_buffers = False
         self.modules = (prepared,)
         self.accelerator.register_for_checkpointing(self)

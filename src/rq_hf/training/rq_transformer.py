@@ -19,7 +19,6 @@ from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
-from .rq_vae import code_shape
 from .trackers import log_images
 
 USAGE = """from rq_hf import RQPipeline
@@ -48,7 +47,7 @@ def create_transformer(
         "hidden_dropout": hidden_dropout,
     }
     config = RQTransformerConfig(
-        code_shape=code_shape(vae),
+        code_shape=vae.code_shape,
         codebook_size=vae.config.codebook_size,
         codebook_dim=vae.config.codebook_dim,
         shared_codebook=vae.config.shared_codebook,
@@ -77,7 +76,7 @@ def load_transformer(
     model = RQTransformerModel.from_pretrained(name, dtype=torch.float32)
     config = model.config
     found = (config.code_shape, config.cond_vocab_size, config.cond_length, config.null_cond_id)
-    needed = (code_shape(vae), cond_vocab_size, cond_length, null_cond_id)
+    needed = (vae.code_shape, cond_vocab_size, cond_length, null_cond_id)
     if found != needed:
         raise ValueError(
             f"the transformer {name} has (code shape, condition ids, length, null id) {found}, "

@@ -84,12 +84,6 @@ class RQVAELoss:
         return LossOutput(loss, metrics, outputs=(pixels, sample))
 
 
-def code_shape(model: RQVAEModel) -> tuple[int, int, int]:
-    """`(H, W, D)` of the codes of the images that the model was made for."""
-    height, width = (model.config.sample_size // pixels for pixels in model.pixels_per_code)
-    return height, width, model.config.depth
-
-
 def usage_metrics(counts: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
     """Codebook usage and perplexity from `counts` `(D, K)`, a metric for every depth: `{prefix}usage_depth_1`, ..."""
     values = codebook_usage(counts)
@@ -150,6 +144,6 @@ def evaluate_reconstructions(
 
 def rqvae_card(model: RQVAEModel) -> str:
     """The model card of a trained RQ-VAE."""
-    shape = "×".join(map(str, code_shape(model)))
+    shape = "×".join(map(str, model.code_shape))
     title = f"RQ-VAE {model.config.sample_size}² → {shape}, {model.config.codebook_size} codewords"
     return model_card(title, USAGE, tags=["rq-vae", "image-tokenizer"])

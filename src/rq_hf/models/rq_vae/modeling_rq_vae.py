@@ -194,6 +194,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         rows, columns = self.config.code_patch_size
         return factor * rows, factor * columns
 
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """(H, W, D) of the codes of images of `config.sample_size`."""
+        rows, columns = self.pixels_per_code
+        return self.config.sample_size // rows, self.config.sample_size // columns, self.config.depth
+
     @apply_forward_hook
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
