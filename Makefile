@@ -10,10 +10,10 @@ SOURCES := $(wildcard src examples docs tests benchmarks)
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test quality style
+.PHONY: help demo test test-floors test-newest quality style
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## sample an image: make demo PROMPT="fire engine"
 	@$(PY) examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT")
@@ -21,6 +21,11 @@ demo: $(READY) ## sample an image: make demo PROMPT="fire engine"
 test: export HF_HUB_OFFLINE = 1
 test: $(READY) ## run all tests: make test PYTEST_ARGS="-k quantizer"
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-floors: ## run all tests with the oldest releases that setup.cfg allows
+test-newest: ## run all tests with the newest releases that setup.cfg allows
+test-floors test-newest:
+	$(PYTHON) tests/environments.py $(@:test-%=%) $(PYTEST_ARGS)
 
 quality: $(READY) ## check style and formatting
 	$(PY) -m ruff check $(SOURCES)

@@ -18,7 +18,7 @@ but `configs.py` is left out: for annotations only it needs omegaconf, and Pytho
 theirs) and images are compared with those of `rq_hf`. Without --reference, theirs is left out.
 
 Time is the least of interleaved repeats, in one process, per image. Memory is the most that is resident during the
-first batch beyond the model, each in a process of its own. The shares are those of one more batch. The bound is what
+first batch beyond the model, each in its own process. The shares are those of one more batch. The bound is what
 arithmetic takes at the rate of a large matrix product, or reading the weights from memory as often as they are used,
 whichever is longer; both rates are measured. Aims, in speed relative to the authors' in float32, greedy codes equal:
 
@@ -90,7 +90,7 @@ def shares(run, parts):
 
 @cache
 def machine_rates(threads):
-    """What this machine does with so many threads: operations per second by dtype, bytes read per second."""
+    """What this machine does with this many threads: operations per second by dtype, bytes read per second."""
     torch.set_num_threads(threads)
     memory = torch.ones(2**27)  # 512 MiB
     steps, dtypes = {"read": memory.sum}, (torch.float32, torch.bfloat16)

@@ -1,5 +1,5 @@
 """
-Drawing and decoding on a GPU with the sizes of a published model, random weights, in bfloat16.
+Time sampling and decoding on a GPU with the sizes of a published model, random weights, in bfloat16.
 
     python benchmarks/sampling_gpu.py [--preset imagenet-1.4b] [--batch_sizes 500 100 1] [--reference REFERENCE]
 

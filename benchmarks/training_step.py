@@ -10,7 +10,7 @@ losses of the first step are compared. `rq_hf, bf16` is the same under autocast,
 only `rq_hf` is measured.
 
 Time is the least of interleaved repeats, in one process. Memory is the most that is resident during the first step
-beyond the model and the images, each in a process of its own. Aim: at least as fast as theirs.
+beyond the model and the images, each in its own process. Aim: at least as fast as theirs.
 """
 
 import argparse

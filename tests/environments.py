@@ -1,11 +1,11 @@
-"""Runs the tests with the oldest and with the newest releases of what the package needs.
+"""Run the tests with the oldest and with the newest releases of the dependencies.
 
     python tests/environments.py floors|newest [pytest arguments]
 
-setup.cfg promises that every release from a floor (`name>=X`) on will do, but .venv has only those of constraints.txt.
-Here `floors` takes exactly X wherever there is a floor, and `newest` takes what pip finds, up to the bounds in
-setup.cfg. Each has an environment of its own, .venv-floors and .venv-newest, made anew when setup.cfg has changed;
-delete the folder for releases that came out since.
+setup.cfg promises that every release from a floor (`name>=X`) on works, but .venv has only those of constraints.txt.
+`floors` installs exactly X wherever there is a floor, and `newest` the newest release within the bounds of setup.cfg.
+Each has its own environment, .venv-floors or .venv-newest, which is rebuilt when setup.cfg changes; delete the folder
+to pick up releases that came out since.
 """
 
 import configparser
@@ -22,7 +22,7 @@ EXTRA = "test"
 
 
 def read_requirements(config: configparser.ConfigParser) -> dict[str, str]:
-    """What the package and its tests need: name -> specifier such as `>=5.2,<6`, empty for any release."""
+    """Requirements of the package and its tests: name -> specifier such as `>=5.2,<6`, empty for any release."""
     requirements, texts = {}, config["options"]["install_requires"].splitlines() + [f"{PACKAGE}[{EXTRA}]"]
     while texts:
         text = texts.pop().replace(" ", "")
@@ -51,7 +51,7 @@ def floors_of(requirements: dict[str, str]) -> list[str]:
 
 
 def prepare(kind: str) -> Path:
-    """Makes the environment, unless it is there and setup.cfg has not changed since. Returns its interpreter."""
+    """Creates the environment unless it exists for the present setup.cfg, and returns its interpreter."""
     folder = ROOT / f".venv-{kind}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     setup = (ROOT / "setup.cfg").read_text()

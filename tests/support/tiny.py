@@ -39,7 +39,7 @@ def tiny_vae(**overrides):
         "sample_size": 8,
     }
     vae = RQVAEModel(**config | overrides).eval()
-    vae.quantizer.codebook.data *= 0.3  # about the size of the features, so that pictures differ in their codes
+    vae.quantizer.codebook.data *= 0.3  # about the size of the features, so that images differ in their codes
     return vae
 
 
