@@ -109,7 +109,7 @@ class RQGenerationMixin(GenerationMixin):
         spatial_step, depth_loop = self._sampling_steps()
         indices = torch.arange(self.num_positions, device=self.device)
         largest_logits = torch.zeros(batch_size, device=self.device)  # running sum; one check for NaN at the end
-        needs_prefill = True  # afterwards, only the last position has to be fed
+        needs_prefill = True  # afterwards, only the last position has to be fed, unless the callback changes codes
         with self._spatial_cache(len(cond_ids)) as past_key_values:
             for position in range(start, self.num_positions):
                 if needs_prefill:
@@ -120,12 +120,9 @@ class RQGenerationMixin(GenerationMixin):
                 prefix, numbers = codes[:, position, :keep_depth], uniform[position - start]
                 codes[:, position], largest = depth_loop(context, prefix, numbers, scales[position], sampler)
                 largest_logits += largest
-                replaced = (
-                    None if on_position is None else self._apply_callback(on_position, position, codes, keep_depth)
-                )
-                needs_prefill = replaced is not None
-                if needs_prefill:
-                    codes = replaced
+                needs_prefill = False
+                if on_position is not None:
+                    codes, needs_prefill = self._apply_callback(on_position, position, codes, keep_depth)
         if not largest_logits.isfinite().all():  # checked once: each check synchronises with the device
             raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
         return codes.view(batch_size, height, width, depth)
@@ -196,15 +193,15 @@ class RQGenerationMixin(GenerationMixin):
             codes = torch.cat([codes, sampler.sample(logits, uniform, d)[:, None]], dim=-1)
         return codes, largest
 
-    def _apply_callback(self, on_position, position, codes, keep_depth) -> torch.Tensor | None:
-        """The codes to continue with if the callback changed them, else `None`."""
+    def _apply_callback(self, on_position, position, codes, keep_depth) -> tuple[torch.Tensor, bool]:
+        """The codes `(B, T, D)` to continue with, and whether the callback changed them."""
         code_map = codes.unflatten(1, self.config.code_shape[:2])
         replaced = on_position(position, code_map.clone())
         if replaced is None or torch.equal(replaced, code_map):
-            return None
+            return codes, False
         if len(replaced) != len(codes):
             raise ValueError(f"on_position must keep the batch size {len(codes)}, got {len(replaced)}")
-        return self._prepare_codes(replaced, position + 1, keep_depth, len(codes))
+        return self._prepare_codes(replaced, position + 1, keep_depth, len(codes)), True
 
     def _prepare_codes(self, prefix_codes, start, keep_depth, batch_size) -> torch.Tensor:
         """`(B, T, D)`, zero except for the codes that are kept."""
