@@ -233,5 +233,5 @@ def test_stages_that_do_not_fit_each_other(tmp_path, theirs, ours):
     write_rqvae(tmp_path)
     transformer = randomized(RQTransformerModel(RQTransformerConfig(**RQTRANSFORMER | ours)))
     write_rqtransformer(tmp_path, transformer, theirs)
-    match = "stage1/model.pt and .*stage2/model.pt: vae and transformer must agree"
+    match = "stage1/model.pt and .*stage2/model.pt: vae and transformer must have the same"
     assert_refused(tmp_path, match, source=tmp_path)
