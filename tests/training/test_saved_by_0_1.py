@@ -54,7 +54,7 @@ def test_checkpoint_resumes_to_the_final_weights(name, data, tmp_path):
     finish(script, [data if argument == "DATA" else str(argument) for argument in arguments])
     assert [line["step"] for line in logged(output_dir)] == [5, 6]
     expected = final_weights(script, SAVED / name)
-    torch.testing.assert_close(final_weights(script, output_dir), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(final_weights(script, output_dir), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_rqvae_loads_and_encodes():

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     CLIPModel,
+    ImageProcessingMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -51,10 +51,12 @@ class ClassifierScorer:
                 `preprocessor_config.json`.
             kwargs: for `AutoModelForImageClassification.from_pretrained`.
         """
-        processor = AutoImageProcessor.from_pretrained(checkpoint)
-        size = processor.crop_size if processor.do_center_crop else processor.size
+        # Not AutoImageProcessor, which older releases of transformers leave to torchvision.
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
+        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+        size = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
         model = AutoModelForImageClassification.from_pretrained(checkpoint, **kwargs)
-        return cls(model, size.height or size.shortest_edge, processor.image_mean, processor.image_std)
+        return cls(model, size, settings["image_mean"], settings["image_std"])
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, labels: list[int]) -> torch.Tensor:
