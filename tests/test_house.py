@@ -218,7 +218,7 @@ def test_allowed_imports_are_not_violations(copy):
     path = copy / "src/rq_hf/models/presets.py"
     content = path.read_text()
     path.write_text(
-        f"import evaluate\nfrom ..files import atomic_folder\n\ndef f():\n    from .rq_vae import x\n{content}"
+        f"import accelerate\nfrom ..files import atomic_folder\n\ndef f():\n    from .rq_vae import x\n{content}"
     )
     found = [text for check in (wrong_directions, circles, imports_from_outside) for text in check(copy)]
     path.write_text(content)
