@@ -58,6 +58,16 @@ class TestTrain:
         assert sorted(rates[1:], reverse=True) == rates[1:]
         assert rates[-1] == pytest.approx(0)
 
+    def test_resumed_with_another_learning_rate_continues_the_schedule_with_its_peak(self, unbroken, killed, tmp_path):
+        resume = {"resume_from_checkpoint": str(killed / "checkpoint-2")}
+        finished_training(tmp_path, learning_rate=0.005, **resume)
+        rates = [logged(tmp_path)[step]["learning_rate"] for step in (3, 4, 5)]
+        assert rates == pytest.approx([logged(unbroken)[step]["learning_rate"] / 10 for step in (3, 4, 5)])
+        start = load_file(killed / "checkpoint-2" / "model.safetensors")["network.0.weight"]
+        moved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")["network.0.weight"] - start
+        usually = load_file(unbroken / "checkpoint-4" / "model.safetensors")["network.0.weight"] - start
+        assert 0 < moved.norm() < 0.2 * usually.norm()
+
     def test_records_the_configuration(self, unbroken):
         assert json.loads((unbroken / "log.jsonl").read_text().splitlines()[0]) == {"arguments": {"purpose": "test"}}
 

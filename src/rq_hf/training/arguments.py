@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 import datasets
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser
 
 from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
@@ -30,7 +30,7 @@ class RunArguments:
     max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate; a resumed run may change it."})
     lr_scheduler: str = field(
         default="cosine",
         metadata={"help": "After the warm-up: cosine to zero, or constant.", "choices": ["cosine", "constant"]},
@@ -112,7 +112,7 @@ class RunArguments:
     def create_optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         return create_optimizer(model, self.learning_rate, (self.adam_beta1, self.adam_beta2), self.weight_decay)
 
-    def create_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    def create_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         return create_scheduler(optimizer, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps)
 
     def training_options(self) -> dict:

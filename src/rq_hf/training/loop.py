@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -145,7 +145,7 @@ def create_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
-def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num_training_steps: int) -> LRScheduler:
+def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """After a linear warm-up, a `"cosine"` to zero or a `"constant"` learning rate. Raises `ValueError` for another
     name."""
     if name not in SCHEDULERS:
@@ -153,11 +153,23 @@ def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num
     return get_scheduler(SCHEDULERS[name], optimizer, num_warmup_steps, num_training_steps)
 
 
+def set_peak_learning_rates(scheduler: LambdaLR, rates: Sequence[float]) -> None:
+    """Continues a schedule with other peak learning rates, one for each group of its optimizer; changes nothing if
+    they are the same."""
+    if scheduler.base_lrs == rates:
+        return
+    scheduler.base_lrs = list(rates)
+    for group, rate, schedule in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas):
+        group["initial_lr"] = rate
+        group["lr"] = rate * schedule(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
 def train(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     stream: TrainingStream,
     compute_loss: Callable[[torch.nn.Module, dict], LossOutput],
     *,
@@ -179,7 +191,8 @@ def train(
     Trains `model` in place for `max_train_steps` optimizer steps.
 
     Args:
-        model, optimizer, scheduler: not prepared yet.
+        model, optimizer, scheduler: not prepared yet. A resumed run continues the schedule with the peak learning
+            rates of this scheduler, not those of the checkpoint.
         stream: its batches have `counts`, see [`ImageCollator`].
         compute_loss: (prepared model, batch) -> [`LossOutput`].
         checkpoints: where to save the state every `checkpointing_steps` steps and at the end.
@@ -207,7 +220,9 @@ def train(
     accelerator.register_for_checkpointing(scheduler, *([ema] if ema else []))
     for hook in hooks:
         hook.prepare(model)
+    peak_learning_rates = scheduler.base_lrs
     position = checkpoints.restore(accelerator, resume_from)
+    set_peak_learning_rates(scheduler, peak_learning_rates)
     step = 0
     if position is not None:
         step = position["step"]
