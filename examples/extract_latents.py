@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from rq_hf import RQVAEModel
 from rq_hf.data import ImageCollator, latents_to_bytes, write_description, write_latents
-from rq_hf.training import DatasetArguments, parse_arguments
+from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
 
 
 @dataclass
@@ -60,9 +60,7 @@ class ExtractionArguments:
     cpu: bool = field(default=False, metadata={"help": "Encode on the CPU even where there is an accelerator."})
 
     def __post_init__(self):
-        for name in ("batch_size", "rows_per_file"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, "be at least 1", "batch_size", "rows_per_file")
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
@@ -124,6 +122,7 @@ def main() -> None:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    check_launch(accelerator)
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = data.load(required_columns=args.kept_columns)
     loader = create_loader(accelerator, data, args, dataset, vae.config.sample_size)

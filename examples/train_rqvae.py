@@ -38,6 +38,7 @@ from rq_hf.training import (
     RQVAELoss,
     RunArguments,
     TrainingDataArguments,
+    check_numbers,
     evaluate_reconstructions,
     flat_configuration,
     initialize_codebook,
@@ -90,6 +91,18 @@ class RQVAEArguments:
         default=0.0, metadata={"help": "Share of images decoded from a random number of their first codes."}
     )
 
+    def __post_init__(self):
+        check_numbers(self, "be at least 1", "resolution", "block_out_channels", "layers_per_block", "norm_num_groups")
+        check_numbers(self, "be at least 1", "latent_channels", "codebook_dim", "codebook_size", "depth")
+        check_numbers(self, "be at least 1", "codebook_init_images")
+        check_numbers(self, "lie in [0, 1)", "dropout", "codebook_ema_decay")
+        levels = len(self.block_out_channels)
+        for level in self.attention_levels:
+            if not 0 <= level < levels:
+                raise ValueError(
+                    f"--attention_levels must lie in [0, {levels}), the levels of --block_out_channels, got {level}"
+                )
+
 
 @dataclass
 class LossArguments:
@@ -125,6 +138,10 @@ class LossArguments:
     max_adaptive_weight: float = field(default=1e4, metadata={"help": "Bound of the adaptive weight."})
 
     def __post_init__(self):
+        check_numbers(self, "be at least 0", "commitment_weight", "perceptual_weight", "discriminator_weight")
+        check_numbers(self, "be at least 0", "discriminator_start", "discriminator_warmup_steps")
+        check_numbers(self, "be at least 1", "discriminator_width", "discriminator_layers")
+        check_numbers(self, "be greater than 0", "max_adaptive_weight")
         if self.perceptual_weight and not (self.lpips_vgg and self.lpips_heads):
             raise ValueError(
                 f"--perceptual_weight {self.perceptual_weight} needs --lpips_vgg, the ImageNet weights of VGG16 "
@@ -146,6 +163,7 @@ class ValidationArguments:
     )
 
     def __post_init__(self):
+        check_numbers(self, "be at least 1", "validation_images")
         if self.validation_split and self.validation_files:
             raise ValueError(
                 "give at most one of --validation_split and --validation_files, "

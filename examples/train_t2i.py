@@ -33,6 +33,7 @@ from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    check_numbers,
     flat_configuration,
     parse_arguments,
     save_pipeline,
@@ -63,8 +64,15 @@ class TextArguments:
     )
 
     def __post_init__(self):
-        if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"--bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
+        # The model takes a condition of one id for a class.
+        check_numbers(self, "be at least 2", "text_length")
+        check_numbers(self, "be at least 1", "tokenizer_captions")
+        check_numbers(self, "lie in [0, 1)", "bpe_dropout")
+        if self.tokenizer_vocab_size < 257:
+            raise ValueError(
+                "--tokenizer_vocab_size must be at least 257, for the 256 bytes and [PAD], "
+                f"got {self.tokenizer_vocab_size}"
+            )
 
 
 def prepare_tokenizer(

@@ -177,6 +177,7 @@ class TestExtraction:
             (["--text_column", "caption"], "no column 'caption'; its columns are ['image', 'text', 'label']"),
             (["--batch_size", 0], "--batch_size must be at least 1, got 0"),
             (["--rows_per_file", 0], "--rows_per_file must be at least 1, got 0"),
+            (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
             (["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
             (["--random_flip"], "random_flip"),
         ],

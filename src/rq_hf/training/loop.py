@@ -1,5 +1,6 @@
 """The training loop of both stages, on any accelerator and number of processes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,7 +200,7 @@ def train(
         resume_from: see [`Checkpoints.restore`].
         hooks: what else happens in every step.
         ema_decay: decay of the [`EMA`] of the weights; 0 disables it.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         logging_steps: log every N steps.
         evaluate: step -> metrics to log, or `None`; called on all ranks every `evaluation_steps` steps (0 for never)
             and at the end, with the averaged weights in eval mode. The random state is restored afterwards.
@@ -252,7 +253,7 @@ def train(
                     accelerator.backward(output.loss)
                 metrics = {"loss": output.loss, **output.metrics}
                 if accelerator.sync_gradients:
-                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
                 for hook, losses in zip(hooks, hook_losses):
