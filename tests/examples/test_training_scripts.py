@@ -401,6 +401,7 @@ class TestCorruptImage:
         (TEXT, ["--labels", "weak"], "invalid choice: 'weak'"),
         (TEXT, ["--validation_prompts", "a" * 9], "a prompt may have at most 6 tokens"),
         (CLASSES, ["--label_column", "text"], "does not declare the classes of 'text': pass --num_classes"),
+        (CLASSES, ["--num_classes", "2"], "must lie in [0, 2), got 2"),
         (CLASSES, ["--labl_column", "label"], "labl_column"),
     ],
 )

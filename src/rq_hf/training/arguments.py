@@ -323,7 +323,8 @@ class TransformerArguments:
     def create_collator(
         self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
     ) -> ImageCollator | LatentCollator:
-        """For the examples of [`load_dataset`]; `conditions` are the columns and the tokenizer."""
+        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer and the number of
+        classes."""
         if self.latents is not None:
             return LatentCollator(latents_shape(vae), **conditions)
         return data.create_collator(vae.config.sample_size, random_flip=data.random_flip, **conditions)
