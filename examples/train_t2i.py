@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from rq_hf import RQPipeline, RQVAEModel
+from rq_hf.data import caption_of
 from rq_hf.files import atomic_folder
 from rq_hf.text import load_tokenizer, train_tokenizer, with_bpe_dropout
 from rq_hf.training import (
@@ -83,8 +84,10 @@ def prepare_tokenizer(
     own = Path(run.output_dir) / "tokenizer"
     is_resumed = run.resume_from_checkpoint is not None and own.exists()
     if args.tokenizer is None and not is_resumed and accelerator.is_main_process:
-        examples = itertools.islice(dataset.select_columns([args.text_column]), args.tokenizer_captions)
-        texts = (example[args.text_column] for example in examples)
+        columns = dataset.select_columns([args.text_column, "example_index"])
+        texts = (
+            caption_of(example, args.text_column) for example in itertools.islice(columns, args.tokenizer_captions)
+        )
         with atomic_folder(own) as folder:
             train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
     accelerator.wait_for_everyone()

@@ -339,6 +339,24 @@ def test_refused_run_leaves_the_tokenizer_of_the_old_one(command, tmp_path):
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
 
 
+@streaming_or_not
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([*CAPTIONS[:7], None, *CAPTIONS[8:COUNT]], "the caption of example 7 must be a string, got None"),
+        ([5] * COUNT, "the caption of example 0 must be a string, got 5"),
+    ],
+    ids=["one missing", "numbers"],
+)
+def test_tokenizer_is_trained_on_strings_only(streaming, captions, message, command, tmp_path):
+    rows = create_shapes(COUNT, RESOLUTION).remove_columns("text").add_column("text", captions)
+    files = write_parquet(rows, tmp_path / "captions")
+    outcome = start(TEXT, command(TEXT, tmp_path / "run", "--data_files", files, *streaming))
+    assert outcome.code == 1
+    assert message in outcome.output
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
 @each_script
 def test_help_shows_the_manual(script):
     outcome = run_script(script, "--help")
