@@ -177,6 +177,8 @@ class TestExtraction:
             (["--text_column", "caption"], "no column 'caption'; its columns are ['image', 'text', 'label']"),
             (["--batch_size", 0], "--batch_size must be at least 1, got 0"),
             (["--rows_per_file", 0], "--rows_per_file must be at least 1, got 0"),
+            (["--text_column", "label"], "the caption of example 0 must be a string, got 0"),
+            (["--label_column", "text"], "the label of example 0 must be an integer, got 'a"),
             (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
             (["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
             (["--random_flip"], "random_flip"),
