@@ -31,6 +31,7 @@ from rq_hf.data import caption_of
 from rq_hf.files import atomic_folder
 from rq_hf.text import load_tokenizer, train_tokenizer, with_bpe_dropout
 from rq_hf.training import (
+    Checkpoints,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
@@ -79,10 +80,10 @@ class TextArguments:
 def prepare_tokenizer(
     accelerator: Accelerator, args: TextArguments, run: RunArguments, dataset
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for or, without one, that of the resumed run, or a new one trained on the
-    captions."""
+    """The tokenizer that was asked for or, without one, that of the checkpoint to resume from, or a new one trained on
+    the captions."""
     own = Path(run.output_dir) / "tokenizer"
-    is_resumed = run.resume_from_checkpoint is not None and own.exists()
+    is_resumed = Checkpoints(run.output_dir).find(run.resume_from_checkpoint) is not None and own.exists()
     if args.tokenizer is None and not is_resumed and accelerator.is_main_process:
         columns = dataset.select_columns([args.text_column, "example_index"])
         texts = (

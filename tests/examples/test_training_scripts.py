@@ -306,9 +306,10 @@ def test_takes_a_tokenizer_from_a_folder(command, tmp_path):
     assert pipe.transformer.config.cond_length == 12
 
 
-def test_new_run_trains_a_new_tokenizer(command, tmp_path):
+@pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]], ids=["new", "resumed if possible"])
+def test_new_run_trains_a_new_tokenizer(resume, command, tmp_path):
     train_tokenizer(iter(["of other captions"]), 258, max_length=6).save_pretrained(tmp_path / "run" / "tokenizer")
-    finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0))
+    finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0, *resume))
     tokenizer = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline").tokenizer
     assert len(tokenizer("a small red circle")["input_ids"]) == 4
 
