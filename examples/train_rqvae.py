@@ -229,10 +229,19 @@ def first_pixels(dataset, collate: ImageCollator, count: int) -> torch.Tensor:
 def validation_batches(
     args: ValidationArguments, data: TrainingDataArguments, resolution: int, batch_size: int
 ) -> list[torch.Tensor]:
-    """Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options."""
+    """
+    Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options.
+
+    Raises `ValueError` for a split of files, all of which are trained on.
+    """
     if args.validation_files:
         data = replace(data, dataset_name=None, data_files=args.validation_files)
     elif args.validation_split:
+        if data.data_files:
+            raise ValueError(
+                "--validation_split names a split of --dataset_name, "
+                f"got {args.validation_split!r} with --data_files: pass --validation_files"
+            )
         data = replace(data, split=args.validation_split)
     else:
         return []

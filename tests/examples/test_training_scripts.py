@@ -411,6 +411,7 @@ class TestCorruptImage:
         (RQVAE, ["--discriminator_start", "-1"], "--discriminator_start must be at least 0, got -1"),
         (RQVAE, ["--max_adaptive_weight", "-1"], "--max_adaptive_weight must be greater than 0, got -1.0"),
         (RQVAE, ["--validation_images", "0"], "--validation_images must be at least 1, got 0"),
+        (RQVAE, ["--validation_split", "test"], "got 'test' with --data_files: pass --validation_files"),
         (TEXT, ["--text_length", "1"], "--text_length must be at least 2, got 1"),
         (TEXT, ["--tokenizer_vocab_size", "0"], "--tokenizer_vocab_size must be at least 257"),
         (CLASSES, ["--num_classes", "0"], "--num_classes must be at least 1, got 0"),
