@@ -227,6 +227,18 @@ def test_resumed_run_with_a_discriminator_ends_with_the_weights_of_an_unbroken_o
     assert [step for step in steps if "loss_generator" in steps[step]] == [4, 5, 6]
 
 
+def test_resumed_run_uses_the_new_learning_rate_for_both_optimizers(command, tmp_path):
+    arguments = command(RQVAE, tmp_path / "run", *DISCRIMINATOR, "--max_train_steps", 4)
+    finish(RQVAE, arguments)
+    finish(
+        RQVAE, [*arguments, "--max_train_steps", "6", "--learning_rate", "1e-6", "--resume_from_checkpoint", "latest"]
+    )
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        groups = torch.load(tmp_path / "run" / "checkpoint-6" / name)["param_groups"]
+        assert {group["lr"] for group in groups} == {1e-6}
+    assert [line["learning_rate"] for line in logged(tmp_path / "run")][-2:] == [1e-6, 1e-6]
+
+
 def test_two_processes_with_a_discriminator_end_with_the_same_weights(command, tmp_path):
     arguments = command(RQVAE, tmp_path / "run", *DISCRIMINATOR, "--train_batch_size", 4)
     for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, arguments):
