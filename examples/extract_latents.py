@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from rq_hf import RQVAEModel
-from rq_hf.data import ImageCollator, latents_to_bytes, write_description, write_latents
-from rq_hf.training import DatasetArguments, parse_arguments
+from rq_hf.data import ImageCollator, caption_of, label_of, latents_to_bytes, write_description, write_latents
+from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
 
 
 @dataclass
@@ -60,20 +60,26 @@ class ExtractionArguments:
     cpu: bool = field(default=False, metadata={"help": "Encode on the CPU even where there is an accelerator."})
 
     def __post_init__(self):
-        for name in ("batch_size", "rows_per_file"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, "be at least 1", "batch_size", "rows_per_file")
 
     @property
     def kept_columns(self) -> tuple[str, ...]:
         return tuple(column for column in (self.text_column, self.label_column) if column is not None)
 
 
-def collate(examples: list[dict], collator: ImageCollator, columns: tuple[str, ...]) -> dict:
-    """Examples -> `pixels` `(B, 3, height, width)`, `rows` of the columns to keep, and the number of
-    `skipped_images`."""
+def collate(examples: list[dict], collator: ImageCollator, args: ExtractionArguments) -> dict:
+    """
+    Examples -> `pixels` `(B, 3, height, width)`, `rows` of the columns to keep, and the number of `skipped_images`.
+
+    Raises `ValueError` for a caption that is not a string and for a label that is not an integer.
+    """
     pixels, decoded = collator.decode(examples)
-    rows = [{column: example[column] for column in columns} for example in decoded]
+    for example in decoded:
+        if args.text_column is not None:
+            caption_of(example, args.text_column)
+        if args.label_column is not None:
+            label_of(example, args.label_column)
+    rows = [{column: example[column] for column in args.kept_columns} for example in decoded]
     return {"pixels": pixels, "rows": rows, "skipped_images": len(examples) - len(rows)}
 
 
@@ -85,7 +91,7 @@ def create_loader(
     return DataLoader(
         split_dataset_by_node(dataset, accelerator.process_index, accelerator.num_processes),
         batch_size=args.batch_size,
-        collate_fn=partial(collate, collator=collator, columns=args.kept_columns),
+        collate_fn=partial(collate, collator=collator, args=args),
         num_workers=data.dataloader_num_workers,
     )
 
@@ -124,6 +130,7 @@ def main() -> None:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+    check_launch(accelerator)
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = data.load(required_columns=args.kept_columns)
     loader = create_loader(accelerator, data, args, dataset, vae.config.sample_size)

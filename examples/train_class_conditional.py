@@ -24,6 +24,7 @@ from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    check_numbers,
     flat_configuration,
     parse_arguments,
     save_pipeline,
@@ -45,13 +46,16 @@ class ClassArguments:
         default=16, metadata={"help": "Number of images to generate, every --image_logging_steps steps."}
     )
 
+    def __post_init__(self):
+        check_numbers(self, "be at least 1", "num_classes", "num_samples")
+
 
 def count_classes(args: ClassArguments, dataset) -> int:
     """Number of classes, given or declared by the data set; 0 without labels. Raises `ValueError` if unknown."""
     if args.label_column is None:
         return 0
     declared = getattr((dataset.features or {}).get(args.label_column), "num_classes", None)
-    num_classes = args.num_classes or declared
+    num_classes = declared if args.num_classes is None else args.num_classes
     if num_classes is None:
         raise ValueError(f"the data set does not declare the classes of {args.label_column!r}: pass --num_classes")
     return num_classes
@@ -79,7 +83,7 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
-    collate = args.create_collator(vae, data, label_column=classes.label_column)
+    collate = args.create_collator(vae, data, label_column=classes.label_column, num_classes=num_classes)
     optimizer = run.create_optimizer(model)
     state_dict = train_pipeline(
         accelerator,

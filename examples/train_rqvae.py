@@ -38,6 +38,7 @@ from rq_hf.training import (
     RQVAELoss,
     RunArguments,
     TrainingDataArguments,
+    check_numbers,
     evaluate_reconstructions,
     flat_configuration,
     initialize_codebook,
@@ -90,6 +91,18 @@ class RQVAEArguments:
         default=0.0, metadata={"help": "Share of images decoded from a random number of their first codes."}
     )
 
+    def __post_init__(self):
+        check_numbers(self, "be at least 1", "resolution", "block_out_channels", "layers_per_block", "norm_num_groups")
+        check_numbers(self, "be at least 1", "latent_channels", "codebook_dim", "codebook_size", "depth")
+        check_numbers(self, "be at least 1", "codebook_init_images")
+        check_numbers(self, "lie in [0, 1)", "dropout", "codebook_ema_decay")
+        levels = len(self.block_out_channels)
+        for level in self.attention_levels:
+            if not 0 <= level < levels:
+                raise ValueError(
+                    f"--attention_levels must lie in [0, {levels}), the levels of --block_out_channels, got {level}"
+                )
+
 
 @dataclass
 class LossArguments:
@@ -125,6 +138,10 @@ class LossArguments:
     max_adaptive_weight: float = field(default=1e4, metadata={"help": "Bound of the adaptive weight."})
 
     def __post_init__(self):
+        check_numbers(self, "be at least 0", "commitment_weight", "perceptual_weight", "discriminator_weight")
+        check_numbers(self, "be at least 0", "discriminator_start", "discriminator_warmup_steps")
+        check_numbers(self, "be at least 1", "discriminator_width", "discriminator_layers")
+        check_numbers(self, "be greater than 0", "max_adaptive_weight")
         if self.perceptual_weight and not (self.lpips_vgg and self.lpips_heads):
             raise ValueError(
                 f"--perceptual_weight {self.perceptual_weight} needs --lpips_vgg, the ImageNet weights of VGG16 "
@@ -146,6 +163,7 @@ class ValidationArguments:
     )
 
     def __post_init__(self):
+        check_numbers(self, "be at least 1", "validation_images")
         if self.validation_split and self.validation_files:
             raise ValueError(
                 "give at most one of --validation_split and --validation_files, "
@@ -211,10 +229,19 @@ def first_pixels(dataset, collate: ImageCollator, count: int) -> torch.Tensor:
 def validation_batches(
     args: ValidationArguments, data: TrainingDataArguments, resolution: int, batch_size: int
 ) -> list[torch.Tensor]:
-    """Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options."""
+    """
+    Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options.
+
+    Raises `ValueError` for a split of files, all of which are trained on.
+    """
     if args.validation_files:
         data = replace(data, dataset_name=None, data_files=args.validation_files)
     elif args.validation_split:
+        if data.data_files:
+            raise ValueError(
+                "--validation_split names a split of --dataset_name, "
+                f"got {args.validation_split!r} with --data_files: pass --validation_files"
+            )
         data = replace(data, split=args.validation_split)
     else:
         return []

@@ -27,12 +27,15 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from rq_hf import RQPipeline, RQVAEModel
+from rq_hf.data import caption_of
 from rq_hf.files import atomic_folder
 from rq_hf.text import load_tokenizer, train_tokenizer, with_bpe_dropout
 from rq_hf.training import (
+    Checkpoints,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    check_numbers,
     flat_configuration,
     parse_arguments,
     save_pipeline,
@@ -63,20 +66,29 @@ class TextArguments:
     )
 
     def __post_init__(self):
-        if not 0 <= self.bpe_dropout < 1:
-            raise ValueError(f"--bpe_dropout must lie in [0, 1), got {self.bpe_dropout}")
+        # The model takes a condition of one id for a class.
+        check_numbers(self, "be at least 2", "text_length")
+        check_numbers(self, "be at least 1", "tokenizer_captions")
+        check_numbers(self, "lie in [0, 1)", "bpe_dropout")
+        if self.tokenizer_vocab_size < 257:
+            raise ValueError(
+                "--tokenizer_vocab_size must be at least 257, for the 256 bytes and [PAD], "
+                f"got {self.tokenizer_vocab_size}"
+            )
 
 
 def prepare_tokenizer(
     accelerator: Accelerator, args: TextArguments, run: RunArguments, dataset
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for or, without one, that of the resumed run, or a new one trained on the
-    captions."""
+    """The tokenizer that was asked for or, without one, that of the checkpoint to resume from, or a new one trained on
+    the captions."""
     own = Path(run.output_dir) / "tokenizer"
-    is_resumed = run.resume_from_checkpoint is not None and own.exists()
+    is_resumed = Checkpoints(run.output_dir).find(run.resume_from_checkpoint) is not None and own.exists()
     if args.tokenizer is None and not is_resumed and accelerator.is_main_process:
-        examples = itertools.islice(dataset.select_columns([args.text_column]), args.tokenizer_captions)
-        texts = (example[args.text_column] for example in examples)
+        columns = dataset.select_columns([args.text_column, "example_index"])
+        texts = (
+            caption_of(example, args.text_column) for example in itertools.islice(columns, args.tokenizer_captions)
+        )
         with atomic_folder(own) as folder:
             train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
     accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from shapes import CAPTIONS, draw_shape
 
-from rq_hf.data import ImageCollator, decode_image
+from rq_hf.data import ImageCollator, LatentCollator, decode_image
 from rq_hf.images import to_pixels
 from rq_hf.text import train_tokenizer
 
@@ -110,3 +110,23 @@ class TestImageCollator:
         examples[3]["text"] = None
         with pytest.raises(ValueError, match="caption of example 103 must be a string, got None"):
             ImageCollator("image", 16, text_column="text", tokenizer=tokenizer)(examples)
+
+    @pytest.mark.parametrize("label", [-1, 3])
+    def test_stops_at_a_label_that_is_no_class(self, label):
+        examples = self.examples()
+        examples[1]["label"] = label
+        with pytest.raises(ValueError, match=rf"label of example 101 must lie in \[0, 3\), got {label}"):
+            ImageCollator("image", 16, label_column="label", num_classes=3)(examples)
+
+    @pytest.mark.parametrize("label", [None, 1.5, "1"])
+    def test_stops_at_a_label_that_is_not_an_integer(self, label):
+        examples = self.examples()
+        examples[1]["label"] = label
+        with pytest.raises(ValueError, match=f"label of example 101 must be an integer, got {label!r}"):
+            ImageCollator("image", 16, label_column="label")(examples)
+
+
+def test_latent_collator_stops_at_a_label_that_is_no_class():
+    examples = [{"latents": bytes(2 * 2), "label": 2, "example_index": 7}]
+    with pytest.raises(ValueError, match=r"label of example 7 must lie in \[0, 2\), got 2"):
+        LatentCollator((1, 1, 2), label_column="label", num_classes=2)(examples)

@@ -1,4 +1,6 @@
+import glob
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -98,6 +100,17 @@ class TestLoadImageDataset:
         arguments = {"image_column": image_column, "required_columns": required_columns}
         with pytest.raises(ValueError, match=r"no column 'photo'.*\['image', 'text', 'label'\]"):
             load_image_dataset(data_files=shape_files, streaming=streaming, **arguments)
+
+    @streaming_or_not
+    def test_takes_the_names_of_found_files_as_they_are(self, tmp_path, streaming):
+        folder = tmp_path / "x[1]"
+        folder.mkdir()
+        create_shapes(2).to_parquet(folder / "a[1].parquet")
+        create_shapes(5).to_parquet(folder / "a1.parquet")
+        for pattern, expected in [("*", CAPTIONS[:5] + CAPTIONS[:2]), ("a[[]1]", CAPTIONS[:2])]:
+            files = str(Path(glob.escape(str(folder)), f"{pattern}.parquet"))
+            dataset = load_image_dataset(data_files=files, streaming=streaming)
+            assert [example["text"] for example in dataset] == expected
 
     @pytest.mark.parametrize("sources", [{}, {"dataset_name": "a/b", "data_files": "c.parquet"}])
     def test_wants_exactly_one_source(self, sources):

@@ -227,6 +227,18 @@ def test_resumed_run_with_a_discriminator_ends_with_the_weights_of_an_unbroken_o
     assert [step for step in steps if "loss_generator" in steps[step]] == [4, 5, 6]
 
 
+def test_resumed_run_uses_the_new_learning_rate_for_both_optimizers(command, tmp_path):
+    arguments = command(RQVAE, tmp_path / "run", *DISCRIMINATOR, "--max_train_steps", 4)
+    finish(RQVAE, arguments)
+    finish(
+        RQVAE, [*arguments, "--max_train_steps", "6", "--learning_rate", "1e-6", "--resume_from_checkpoint", "latest"]
+    )
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        groups = torch.load(tmp_path / "run" / "checkpoint-6" / name)["param_groups"]
+        assert {group["lr"] for group in groups} == {1e-6}
+    assert [line["learning_rate"] for line in logged(tmp_path / "run")][-2:] == [1e-6, 1e-6]
+
+
 def test_two_processes_with_a_discriminator_end_with_the_same_weights(command, tmp_path):
     arguments = command(RQVAE, tmp_path / "run", *DISCRIMINATOR, "--train_batch_size", 4)
     for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, arguments):
@@ -306,9 +318,10 @@ def test_takes_a_tokenizer_from_a_folder(command, tmp_path):
     assert pipe.transformer.config.cond_length == 12
 
 
-def test_new_run_trains_a_new_tokenizer(command, tmp_path):
+@pytest.mark.parametrize("resume", [[], ["--resume_from_checkpoint", "latest"]], ids=["new", "resumed if possible"])
+def test_new_run_trains_a_new_tokenizer(resume, command, tmp_path):
     train_tokenizer(iter(["of other captions"]), 258, max_length=6).save_pretrained(tmp_path / "run" / "tokenizer")
-    finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0))
+    finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0, *resume))
     tokenizer = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline").tokenizer
     assert len(tokenizer("a small red circle")["input_ids"]) == 4
 
@@ -337,6 +350,24 @@ def test_refused_run_leaves_the_tokenizer_of_the_old_one(command, tmp_path):
     outcome = start(TEXT, command(TEXT, tmp_path / "run", "--tokenizer_vocab_size", 258, "--text_length", 20))
     assert "already holds checkpoint-1" in outcome.output
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == tokenizer
+
+
+@streaming_or_not
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [
+        ([*CAPTIONS[:7], None, *CAPTIONS[8:COUNT]], "the caption of example 7 must be a string, got None"),
+        ([5] * COUNT, "the caption of example 0 must be a string, got 5"),
+    ],
+    ids=["one missing", "numbers"],
+)
+def test_tokenizer_is_trained_on_strings_only(streaming, captions, message, command, tmp_path):
+    rows = create_shapes(COUNT, RESOLUTION).remove_columns("text").add_column("text", captions)
+    files = write_parquet(rows, tmp_path / "captions")
+    outcome = start(TEXT, command(TEXT, tmp_path / "run", "--data_files", files, *streaming))
+    assert outcome.code == 1
+    assert message in outcome.output
+    assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 @each_script
@@ -384,11 +415,25 @@ class TestCorruptImage:
         (RQVAE, ["--perceptual_weight", "1"], "--perceptual_weight 0 disables it"),
         (RQVAE, ["--quantizer_dropout", "2"], "quantizer_dropout must lie in [0, 1], got 2.0"),
         (RQVAE, ["--validation_split", "a", "--validation_files", "b"], "at most one of --validation_split"),
+        (RQVAE, ["--attention_levels", "1", "3"], "--attention_levels must lie in [0, 3), the levels of"),
+        (RQVAE, ["--codebook_size", "0"], "--codebook_size must be at least 1, got 0"),
+        (RQVAE, ["--commitment_weight", "nan"], "--commitment_weight must be at least 0, got nan"),
+        (RQVAE, ["--perceptual_weight", "-1"], "--perceptual_weight must be at least 0, got -1.0"),
+        (RQVAE, ["--discriminator_weight", "-1"], "--discriminator_weight must be at least 0, got -1.0"),
+        (RQVAE, ["--discriminator_start", "-1"], "--discriminator_start must be at least 0, got -1"),
+        (RQVAE, ["--max_adaptive_weight", "-1"], "--max_adaptive_weight must be greater than 0, got -1.0"),
+        (RQVAE, ["--validation_images", "0"], "--validation_images must be at least 1, got 0"),
+        (RQVAE, ["--validation_split", "test"], "got 'test' with --data_files: pass --validation_files"),
+        (TEXT, ["--text_length", "1"], "--text_length must be at least 2, got 1"),
+        (TEXT, ["--tokenizer_vocab_size", "0"], "--tokenizer_vocab_size must be at least 257"),
+        (CLASSES, ["--num_classes", "0"], "--num_classes must be at least 1, got 0"),
+        (CLASSES, ["--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (TEXT, ["--cond_dropout", "1"], "--cond_dropout must lie in [0, 1), got 1.0"),
         (TEXT, ["--soft_label_temperature", "0"], "--soft_label_temperature must be greater than 0, got 0.0"),
         (TEXT, ["--labels", "weak"], "invalid choice: 'weak'"),
         (TEXT, ["--validation_prompts", "a" * 9], "a prompt may have at most 6 tokens"),
         (CLASSES, ["--label_column", "text"], "does not declare the classes of 'text': pass --num_classes"),
+        (CLASSES, ["--num_classes", "2"], "must lie in [0, 2), got 2"),
         (CLASSES, ["--labl_column", "label"], "labl_column"),
     ],
 )

@@ -50,6 +50,12 @@ class TestDiscriminatorTrainer:
             gaps.append((metrics["logits_real"] - metrics["logits_fake"]).item())
         assert gaps[-1] > gaps[0] + 0.5
 
+    def test_resumed_with_another_learning_rate_uses_it(self):
+        saved, resumed = make_trainer(), make_trainer(learning_rate=1e-3)
+        resumed.optimizer.load_state_dict(saved.optimizer.state_dict())
+        resumed.load_state_dict(saved.state_dict())
+        assert [group["lr"] for group in resumed.optimizer.param_groups] == [1e-3]
+
     def test_pulls_as_hard_as_the_reconstruction(self):
         vae, pixels = tiny_vae(), tiny_pixels(2, 16, 16)
         sample = vae(pixels).sample

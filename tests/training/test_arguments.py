@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from tiny import tiny_vae
 from torch import nn
@@ -20,6 +22,18 @@ class TestRunArguments:
             ({"ema_decay": 1.0}, r"--ema_decay must lie in \[0, 1\), got 1.0"),
             ({"ema_decay": -0.1}, "--ema_decay"),
             ({"peak_teraflops": 0.0}, "--peak_teraflops must be greater than 0, got 0.0"),
+            ({"max_grad_norm": -1.0}, "--max_grad_norm must be at least 0, got -1.0"),
+            ({"max_grad_norm": math.nan}, "--max_grad_norm must be at least 0, got nan"),
+            ({"lr_warmup_steps": -5}, "--lr_warmup_steps must be at least 0, got -5"),
+            ({"weight_decay": -1.0}, "--weight_decay must be at least 0, got -1.0"),
+            ({"learning_rate": 0.0}, "--learning_rate must be greater than 0, got 0.0"),
+            ({"learning_rate": math.nan}, "--learning_rate must be greater than 0, got nan"),
+            ({"learning_rate": math.inf}, "--learning_rate must be greater than 0 and be finite, got inf"),
+            ({"adam_beta1": 1.0}, r"--adam_beta1 must lie in \[0, 1\), got 1.0"),
+            ({"adam_beta2": -0.5}, r"--adam_beta2 must lie in \[0, 1\), got -0.5"),
+            ({"image_logging_steps": -1}, "--image_logging_steps must be at least 0, got -1"),
+            ({"hub_model_id": "name"}, "--hub_model_id must be user/name, .*got 'name'"),
+            ({"hub_model_id": "user/two words"}, "--hub_model_id must be user/name, .*got 'user/two words'"),
         ],
     )
     def test_out_of_range_is_an_error_that_names_the_option(self, arguments, message):
@@ -37,12 +51,24 @@ class TestRunArguments:
     [
         ({"labels": "none"}, "--labels must be hard or soft, got 'none'"),
         ({"soft_label_temperature": 0.0}, "--soft_label_temperature must be greater than 0, got 0.0"),
+        ({"soft_label_temperature": math.nan}, "--soft_label_temperature must be greater than 0, got nan"),
+        ({"hidden_size": 0}, "--hidden_size must be at least 1, got 0"),
+        ({"num_attention_heads": 0}, "--num_attention_heads must be at least 1, got 0"),
+        ({"spatial_layers": 0}, "--spatial_layers must be at least 1, got 0"),
+        ({"depth_layers": -1}, "--depth_layers must be at least 0, got -1"),
+        ({"hidden_dropout": 1.5}, r"--hidden_dropout must lie in \[0, 1\), got 1.5"),
         ({"cond_dropout": 1.0}, r"--cond_dropout must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_transformer_arguments_out_of_range_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerArguments(rqvae="vae", **arguments)
+
+
+@pytest.mark.parametrize("name, value", [("shuffle_buffer_size", 0), ("dataloader_num_workers", -1)])
+def test_data_arguments_out_of_range_are_errors(name, value):
+    with pytest.raises(ValueError, match=f"--{name} must be at least {value + 1}, got {value}"):
+        TrainingDataArguments(**{name: value})
 
 
 class TestLatentsOption:

@@ -10,6 +10,7 @@ from number_training import (
     finished_training,
     logged,
     run_training,
+    train_here,
     weights,
 )
 from processes import run, run_group
@@ -57,6 +58,27 @@ class TestTrain:
         assert rates[:2] == [0.025, 0.05]
         assert sorted(rates[1:], reverse=True) == rates[1:]
         assert rates[-1] == pytest.approx(0)
+
+    def test_resumed_with_another_learning_rate_continues_the_schedule_with_its_peak(self, unbroken, killed, tmp_path):
+        resume = {"resume_from_checkpoint": str(killed / "checkpoint-2")}
+        finished_training(tmp_path, learning_rate=0.005, **resume)
+        rates = [logged(tmp_path)[step]["learning_rate"] for step in (3, 4, 5)]
+        assert rates == pytest.approx([logged(unbroken)[step]["learning_rate"] / 10 for step in (3, 4, 5)])
+        start = load_file(killed / "checkpoint-2" / "model.safetensors")["network.0.weight"]
+        moved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")["network.0.weight"] - start
+        usually = load_file(unbroken / "checkpoint-4" / "model.safetensors")["network.0.weight"] - start
+        assert 0 < moved.norm() < 0.2 * usually.norm()
+
+    def test_clips_no_gradients_with_a_norm_of_zero(self, tmp_path):
+        finished_training(tmp_path / "off", max_grad_norm=0.0, max_train_steps=2)
+        finished_training(tmp_path / "large", max_grad_norm=1e9, max_train_steps=2)
+        assert_equal(weights(tmp_path / "off"), weights(tmp_path / "large"))
+        assert logged(tmp_path / "off")[1]["grad_norm"] > 0
+
+    def test_refuses_fp16_on_a_cpu(self, tmp_path):
+        outcome = train_here(tmp_path, mixed_precision="fp16")
+        assert outcome.code == 1
+        assert "--mixed_precision fp16 needs a GPU; a CPU accepts no and bf16" in outcome.output
 
     def test_records_the_configuration(self, unbroken):
         assert json.loads((unbroken / "log.jsonl").read_text().splitlines()[0]) == {"arguments": {"purpose": "test"}}

@@ -1,4 +1,4 @@
-from .collators import ImageCollator, LatentCollator, decode_image
+from .collators import ImageCollator, LatentCollator, caption_of, decode_image, label_of
 from .latents import (
     bytes_to_latents,
     describe_latents,
@@ -16,8 +16,10 @@ __all__ = [
     "LatentCollator",
     "TrainingStream",
     "bytes_to_latents",
+    "caption_of",
     "decode_image",
     "describe_latents",
+    "label_of",
     "latents_shape",
     "latents_to_bytes",
     "load_image_dataset",

@@ -5,6 +5,8 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 `counts["truncated_captions"]` exist where they can occur.
 """
 
+import operator
+
 import datasets
 import torch
 from PIL import Image
@@ -20,6 +22,30 @@ def decode_image(value: Image.Image | dict) -> Image.Image:
     return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
+def caption_of(example: dict, column: str) -> str:
+    """Raises `ValueError` with the example's index for a caption that is not a string."""
+    caption = example[column]
+    if not isinstance(caption, str):
+        raise ValueError(f"the caption of example {example['example_index']} must be a string, got {caption!r}")
+    return caption
+
+
+def label_of(example: dict, column: str, num_classes: int | None = None) -> int:
+    """Raises `ValueError` with the example's index for a label that is not an integer, or, with `num_classes`, not in
+    [0, num_classes)."""
+    try:
+        label = int(operator.index(example[column]))
+    except TypeError as error:
+        raise ValueError(
+            f"the label of example {example['example_index']} must be an integer, got {example[column]!r}"
+        ) from error
+    if num_classes is not None and not 0 <= label < num_classes:
+        raise ValueError(
+            f"the label of example {example['example_index']} must lie in [0, {num_classes}), got {label}"
+        )
+    return label
+
+
 class ImageCollator:
     """
     Examples -> `pixels` `(B, 3, resolution, resolution)` in [-1, 1], `counts` and, with a text or label column,
@@ -33,9 +59,10 @@ class ImageCollator:
         text_column, tokenizer: captions become tokens `(B, L)`, L being the tokenizer's `model_max_length`.
         label_column: labels become classes `(B, 1)`.
         center_crop: keep the middle square of an image; otherwise squeeze it into a square.
+        num_classes: labels must lie in [0, num_classes); `None` accepts any integer.
 
-    Calling it raises `ValueError` with the example's index for a caption that is not a string, and for an image that
-    cannot be decoded, unless `skip_corrupt_images`.
+    Calling it raises `ValueError` with the example's index for a caption that is not a string, for a label that is
+    not an integer or out of range, and for an image that cannot be decoded, unless `skip_corrupt_images`.
     """
 
     def __init__(
@@ -48,6 +75,7 @@ class ImageCollator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         label_column: str | None = None,
         center_crop: bool = True,
+        num_classes: int | None = None,
     ):
         self.image_column = image_column
         self.resolution = resolution
@@ -57,6 +85,7 @@ class ImageCollator:
         self.tokenizer = tokenizer
         self.label_column = label_column
         self.center_crop = center_crop
+        self.num_classes = num_classes
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
         pixels, decoded = self.decode(examples)
@@ -66,7 +95,9 @@ class ImageCollator:
         if self.random_flip:
             mirrored = torch.rand(len(decoded)) < 0.5
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        conditions, more_counts = encode_conditions(decoded, self.text_column, self.tokenizer, self.label_column)
+        conditions, more_counts = encode_conditions(
+            decoded, self.text_column, self.tokenizer, self.label_column, self.num_classes
+        )
         return {"pixels": pixels, **conditions, "counts": counts | more_counts}
 
     def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
@@ -94,7 +125,9 @@ class LatentCollator:
 
     Args:
         shape: of one example's latents, `(H, W, C)`.
-        text_column, tokenizer, label_column: see [`ImageCollator`].
+        text_column, tokenizer, label_column, num_classes: see [`ImageCollator`].
+
+    Calling it raises `ValueError` for a caption or a label like [`ImageCollator`].
     """
 
     def __init__(
@@ -103,15 +136,19 @@ class LatentCollator:
         text_column: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         label_column: str | None = None,
+        num_classes: int | None = None,
     ):
         self.shape = shape
         self.text_column = text_column
         self.tokenizer = tokenizer
         self.label_column = label_column
+        self.num_classes = num_classes
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
         latents = bytes_to_latents([example["latents"] for example in examples], self.shape)
-        conditions, counts = encode_conditions(examples, self.text_column, self.tokenizer, self.label_column)
+        conditions, counts = encode_conditions(
+            examples, self.text_column, self.tokenizer, self.label_column, self.num_classes
+        )
         return {"latents": latents, **conditions, "counts": {"images": len(examples), **counts}}
 
 
@@ -120,22 +157,18 @@ def encode_conditions(
     text_column: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     label_column: str | None,
+    num_classes: int | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """
     `cond_ids` of examples, see [`ImageCollator`], and the count of `truncated_captions`; nothing without a column.
 
-    Raises `ValueError` for a caption that is not a string.
+    Raises `ValueError` like [`caption_of`] and [`label_of`].
     """
     if text_column is not None:
-        captions = [example[text_column] for example in examples]
-        for example, caption in zip(examples, captions):
-            if not isinstance(caption, str):
-                raise ValueError(
-                    f"the caption of example {example['example_index']} must be a string, got {caption!r}"
-                )
+        captions = [caption_of(example, text_column) for example in examples]
         length = tokenizer.model_max_length
         cond_ids, num_tokens = encode_captions(tokenizer, captions, length)
         return {"cond_ids": cond_ids}, {"truncated_captions": sum(n > length for n in num_tokens)}
     if label_column is not None:
-        return {"cond_ids": torch.tensor([[example[label_column]] for example in examples])}, {}
+        return {"cond_ids": torch.tensor([[label_of(example, label_column, num_classes)] for example in examples])}, {}
     return {}, {}

@@ -50,6 +50,8 @@ def load_image_dataset(
         files = sorted(glob.glob(data_files, recursive=True))
         if not files:
             raise ValueError(f"data_files {data_files!r} matches no file")
+        # datasets expands patterns once more.
+        files = [glob.escape(file) for file in files]
         dataset = datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=streaming)
     else:
         dataset = datasets.load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)

@@ -4,11 +4,13 @@ from .arguments import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    check_numbers,
     flat_configuration,
     parse_arguments,
 )
 from .checkpoints import Checkpoints, save_finished
 from .ema import EMA
+from .launch import check_launch
 from .loop import LossOutput, TrainingHook, create_accelerator, create_optimizer, create_scheduler, train
 from .rq_transformer import (
     RQTransformerLoss,
@@ -34,6 +36,8 @@ __all__ = [
     "TrainingDataArguments",
     "TrainingHook",
     "TransformerArguments",
+    "check_launch",
+    "check_numbers",
     "create_accelerator",
     "create_optimizer",
     "create_scheduler",

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
-from .loop import TrainingHook
+from .loop import TrainingHook, set_peak_learning_rates
 
 
 class ActNorm(nn.Module):
@@ -116,7 +116,7 @@ class DiscriminatorTrainer(TrainingHook):
         accelerator: Accelerator,
         discriminator: PatchDiscriminator,
         optimizer: Optimizer,
-        scheduler: LRScheduler,
+        scheduler: LambdaLR,
         loss: str = "hinge",
         weight: float = 0.75,
         start: int = 0,
@@ -192,4 +192,6 @@ class DiscriminatorTrainer(TrainingHook):
 
     def load_state_dict(self, state: dict) -> None:
         self.num_steps = state["step"]
+        peak_learning_rates = self.scheduler.base_lrs
         self.scheduler.load_state_dict(state["scheduler"])
+        set_peak_learning_rates(self.scheduler, peak_learning_rates)

@@ -3,6 +3,7 @@ The command line of the training scripts. Only here and in the scripts' `main` a
 methods hand the values on to functions that know nothing of a command line.
 """
 
+import math
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,7 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 import datasets
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LRScheduler
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser
 
 from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
@@ -20,6 +23,43 @@ from ..models import RQTransformerModel, RQVAEModel
 from .checkpoints import Checkpoints
 from .loop import create_accelerator, create_optimizer, create_scheduler
 from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
+
+RANGES = {
+    "be at least 0": lambda number: number >= 0,
+    "be at least 1": lambda number: number >= 1,
+    "be at least 2": lambda number: number >= 2,
+    "be greater than 0": lambda number: number > 0,
+    "lie in [0, 1)": lambda number: 0 <= number < 1,
+}
+
+
+def check_numbers(arguments, requirement: str, *names: str) -> None:
+    """
+    Raises `ValueError` with the name of the first option that is NaN, infinite or out of range.
+
+    Args:
+        arguments: an object with the options as attributes: numbers, lists of numbers, or `None`, which passes.
+        requirement: one of [`RANGES`].
+        names: of the options.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not RANGES[requirement](number):
+                raise ValueError(f"--{name} must {requirement}, got {number}")
+            if number == math.inf:
+                raise ValueError(f"--{name} must {requirement} and be finite, got {number}")
+
+
+def check_repository(name: str) -> None:
+    """Raises `ValueError` unless `name` can be a repository `user/name` on the Hub."""
+    try:
+        validate_repo_id(name)
+        is_valid = "/" in name
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"--hub_model_id must be user/name, of letters, digits, '-', '_' and '.', got {name!r}")
 
 
 @dataclass
@@ -30,7 +70,7 @@ class RunArguments:
     max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate; a resumed run may change it."})
     lr_scheduler: str = field(
         default="cosine",
         metadata={"help": "After the warm-up: cosine to zero, or constant.", "choices": ["cosine", "constant"]},
@@ -39,7 +79,9 @@ class RunArguments:
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's β₁."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Adam's β₂."})
     weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay, applied to matrices only."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 for no clipping."}
+    )
     mixed_precision: str | None = field(
         default=None,
         metadata={
@@ -83,14 +125,13 @@ class RunArguments:
     def __post_init__(self):
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub needs --hub_model_id user/name")
-        at_least_one = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*at_least_one, "checkpointing_steps", "checkpoints_total_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.peak_teraflops is not None and self.peak_teraflops <= 0:
-            raise ValueError(f"--peak_teraflops must be greater than 0, got {self.peak_teraflops}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.hub_model_id is not None:
+            check_repository(self.hub_model_id)
+        check_numbers(self, "be at least 1", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        check_numbers(self, "be at least 1", "logging_steps", "checkpointing_steps", "checkpoints_total_limit")
+        check_numbers(self, "be at least 0", "lr_warmup_steps", "weight_decay", "max_grad_norm", "image_logging_steps")
+        check_numbers(self, "be greater than 0", "learning_rate", "peak_teraflops")
+        check_numbers(self, "lie in [0, 1)", "adam_beta1", "adam_beta2", "ema_decay")
 
     @property
     def upload_to(self) -> str | None:
@@ -112,7 +153,7 @@ class RunArguments:
     def create_optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         return create_optimizer(model, self.learning_rate, (self.adam_beta1, self.adam_beta2), self.weight_decay)
 
-    def create_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    def create_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         return create_scheduler(optimizer, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps)
 
     def training_options(self) -> dict:
@@ -158,6 +199,9 @@ class DatasetArguments:
         default=0, metadata={"help": "Processes that decode images; 0 decodes in the main process."}
     )
 
+    def __post_init__(self):
+        check_numbers(self, "be at least 0", "dataloader_num_workers")
+
     def load(self, required_columns: tuple[str, ...] = ()) -> datasets.Dataset | datasets.IterableDataset:
         return load_image_dataset(
             dataset_name=self.dataset_name,
@@ -187,6 +231,10 @@ class TrainingDataArguments(DatasetArguments):
         default=10_000,
         metadata={"help": "Examples in the shuffle buffer of a stream; a prepared data set is shuffled whole."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, "be at least 1", "shuffle_buffer_size")
 
     def create_stream(
         self,
@@ -254,10 +302,10 @@ class TransformerArguments:
     def __post_init__(self):
         if self.labels not in ("hard", "soft"):
             raise ValueError(f"--labels must be hard or soft, got {self.labels!r}")
-        if self.soft_label_temperature <= 0:
-            raise ValueError(f"--soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"--cond_dropout must lie in [0, 1), got {self.cond_dropout}")
+        check_numbers(self, "be at least 1", "hidden_size", "spatial_layers", "num_attention_heads")
+        check_numbers(self, "be at least 0", "depth_layers")
+        check_numbers(self, "be greater than 0", "soft_label_temperature")
+        check_numbers(self, "lie in [0, 1)", "hidden_dropout", "cond_dropout")
 
     def load_dataset(
         self, vae: RQVAEModel, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
@@ -275,7 +323,8 @@ class TransformerArguments:
     def create_collator(
         self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
     ) -> ImageCollator | LatentCollator:
-        """For the examples of [`load_dataset`]; `conditions` are the columns and the tokenizer."""
+        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer and the number of
+        classes."""
         if self.latents is not None:
             return LatentCollator(latents_shape(vae), **conditions)
         return data.create_collator(vae.config.sample_size, random_flip=data.random_flip, **conditions)

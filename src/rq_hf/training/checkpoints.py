@@ -61,11 +61,10 @@ class Checkpoints:
 
         Raises `ValueError` for a checkpoint that does not exist or was written by another number of processes.
         """
-        if which is None:
-            return None
-        checkpoint = self.latest() if which == "latest" else Path(which)
+        checkpoint = self.find(which)
         if checkpoint is None:
-            logger.info(f"no checkpoint in {self.folder} yet: a new run")
+            if which is not None:
+                logger.info(f"no checkpoint in {self.folder} yet: a new run")
             return None
         num_processes = accelerator.num_processes
         position_file = checkpoint / f"position-{accelerator.process_index}.json"
@@ -78,6 +77,12 @@ class Checkpoints:
             )
         accelerator.load_state(checkpoint)
         return position
+
+    def find(self, which: str | None) -> Path | None:
+        """The checkpoint that [`restore`] loads, which need not exist; `None` for a new run."""
+        if which is None:
+            return None
+        return self.latest() if which == "latest" else Path(which)
 
     def latest(self) -> Path | None:
         return next(reversed(self.list()), None)

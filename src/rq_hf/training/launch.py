@@ -9,8 +9,8 @@ from accelerate import Accelerator, DistributedType
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Raises `ValueError` for launch options that accelerate silently ignores on a CPU: several processes, and
-    sharding."""
+    """Raises `ValueError` for launch options that accelerate silently ignores on a CPU: several processes, sharding,
+    and fp16."""
     launcher = psutil.Process().parent()
     command = launcher.cmdline() if launcher else []
     if sys.argv[0] in command:
@@ -24,3 +24,5 @@ def check_launch(accelerator: Accelerator) -> None:
             )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("this configuration shards the model (FSDP), which accelerate does on GPUs only")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError("--mixed_precision fp16 needs a GPU; a CPU accepts no and bf16")

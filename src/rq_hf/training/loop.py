@@ -1,5 +1,6 @@
 """The training loop of both stages, on any accelerator and number of processes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -145,7 +146,7 @@ def create_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
-def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num_training_steps: int) -> LRScheduler:
+def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
     """After a linear warm-up, a `"cosine"` to zero or a `"constant"` learning rate. Raises `ValueError` for another
     name."""
     if name not in SCHEDULERS:
@@ -153,11 +154,23 @@ def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num
     return get_scheduler(SCHEDULERS[name], optimizer, num_warmup_steps, num_training_steps)
 
 
+def set_peak_learning_rates(scheduler: LambdaLR, rates: Sequence[float]) -> None:
+    """Continues a schedule with other peak learning rates, one for each group of its optimizer; changes nothing if
+    they are the same."""
+    if scheduler.base_lrs == rates:
+        return
+    scheduler.base_lrs = list(rates)
+    for group, rate, schedule in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas):
+        group["initial_lr"] = rate
+        group["lr"] = rate * schedule(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
 def train(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     stream: TrainingStream,
     compute_loss: Callable[[torch.nn.Module, dict], LossOutput],
     *,
@@ -179,14 +192,15 @@ def train(
     Trains `model` in place for `max_train_steps` optimizer steps.
 
     Args:
-        model, optimizer, scheduler: not prepared yet.
+        model, optimizer, scheduler: not prepared yet. A resumed run continues the schedule with the peak learning
+            rates of this scheduler, not those of the checkpoint.
         stream: its batches have `counts`, see [`ImageCollator`].
         compute_loss: (prepared model, batch) -> [`LossOutput`].
         checkpoints: where to save the state every `checkpointing_steps` steps and at the end.
         resume_from: see [`Checkpoints.restore`].
         hooks: what else happens in every step.
         ema_decay: decay of the [`EMA`] of the weights; 0 disables it.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         logging_steps: log every N steps.
         evaluate: step -> metrics to log, or `None`; called on all ranks every `evaluation_steps` steps (0 for never)
             and at the end, with the averaged weights in eval mode. The random state is restored afterwards.
@@ -207,7 +221,9 @@ def train(
     accelerator.register_for_checkpointing(scheduler, *([ema] if ema else []))
     for hook in hooks:
         hook.prepare(model)
+    peak_learning_rates = scheduler.base_lrs
     position = checkpoints.restore(accelerator, resume_from)
+    set_peak_learning_rates(scheduler, peak_learning_rates)
     step = 0
     if position is not None:
         step = position["step"]
@@ -237,7 +253,7 @@ def train(
                     accelerator.backward(output.loss)
                 metrics = {"loss": output.loss, **output.metrics}
                 if accelerator.sync_gradients:
-                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
                 for hook, losses in zip(hooks, hook_losses):
