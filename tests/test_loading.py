@@ -6,9 +6,12 @@ import sys
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from diffusers import DiffusionPipeline
 from tiny import (
     CALLS,
+    HEIGHT,
+    WIDTH,
     K,
     kinds,
     same_state,
@@ -181,6 +184,49 @@ def test_pipeline_draws_with_model_offload(kind):
         actual = draw(pipe, kind)
         assert torch.equal(actual.codes, expected.codes)
         assert torch.equal(actual.images, expected.images)
+
+
+@kinds
+def test_pipeline_draws_with_sequential_offload(kind):
+    pipe, pixels = tiny_pipeline(kind), torch.rand(2, 3, HEIGHT, WIDTH)
+    expected = draw(pipe, kind)
+    reconstruction = pipe.reconstruct(pixels, output_type="pt")
+    for model in (pipe.vae, pipe.transformer):  # as by enable_sequential_cpu_offload, which needs an accelerator
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert pipe.vae.quantizer.codebook.is_meta
+    for _ in range(2):
+        actual = draw(pipe, kind)
+        assert torch.equal(actual.codes, expected.codes)
+        assert torch.equal(actual.images, expected.images)
+        assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), reconstruction)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "device map"])
+def test_offloaded_vae_encodes_and_decodes(tmp_path, where):
+    vae, pixels = tiny_pipeline().vae, torch.rand(2, 3, HEIGHT, WIDTH)
+    vae.save_pretrained(tmp_path)
+    offloaded = RQVAEModel.from_pretrained(tmp_path)
+    if where == "memory":
+        cpu_offload(offloaded, torch.device("cpu"), offload_buffers=True)
+    elif where == "disk":
+        disk_offload(offloaded, tmp_path / "offload", torch.device("cpu"), offload_buffers=True)
+    else:
+        device_map = {
+            "encoder": "cpu",
+            "quant_conv": "cpu",
+            "quantizer": "disk",
+            "post_quant_conv": "cpu",
+            "decoder": "disk",
+        }
+        offloaded = RQVAEModel.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert offloaded.quantizer.codebook.is_meta
+    codes = vae.get_codes(pixels)
+    assert torch.equal(offloaded.embed_codes(codes), vae.embed_codes(codes))
+    assert torch.equal(offloaded.get_codes(pixels), codes)
+    assert torch.equal(offloaded.quantizer.decode(codes), vae.quantizer.decode(codes))
+    assert torch.equal(offloaded.decode_codes(codes).sample, vae.decode_codes(codes).sample)
+    for actual, expected in zip(offloaded.get_soft_codes(pixels), vae.get_soft_codes(pixels), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("loader", [RQVAEModel, diffusers.AutoModel])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..codes import embed_codes
@@ -157,6 +158,7 @@ class ResidualQuantizer(nn.Module):
             codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
         )
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode(
         self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
@@ -193,10 +195,12 @@ class ResidualQuantizer(nn.Module):
         """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
         return self.embed(codes).sum(dim=-2)
 
+    @apply_forward_hook
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
         return embed_codes(codes, self.codebook)
 
+    @apply_forward_hook
     @torch.no_grad()
     def get_soft_codes(
         self,
