@@ -135,6 +135,45 @@ def test_components_may_be_passed(tmp_path, loader):
     assert not same_state(loaded.vae, saved.vae)
 
 
+def test_pipeline_without_a_transformer_encodes_and_decodes(tmp_path):
+    whole, pixels = tiny_pipeline("class"), torch.rand(2, 3, HEIGHT, WIDTH)
+    whole.save_pretrained(tmp_path)
+    pipe = RQPipeline.from_pretrained(tmp_path, transformer=None)
+    assert pipe.transformer is None
+    codes = pipe.encode_image(pixels)
+    assert torch.equal(codes, whole.encode_image(pixels))
+    assert torch.equal(pipe.decode_codes(codes, output_type="pt"), whole.decode_codes(codes, output_type="pt"))
+    assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), whole.reconstruct(pixels, output_type="pt"))
+    pipe.compile()
+    assert torch.equal(pipe.encode_image(pixels), codes)
+    message = "no transformer, which this call needs: pass transformer= when loading it"
+    for call in (lambda: pipe(class_labels=1), lambda: pipe.encode_prompt("red"), lambda: pipe.is_class_conditional):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@kinds
+def test_pipeline_without_a_vae_samples_codes(tmp_path, kind):
+    whole = tiny_pipeline(kind)
+    whole.save_pretrained(tmp_path)
+    pipe = RQPipeline.from_pretrained(tmp_path, vae=None)
+    assert pipe.vae is None
+    call = {**CALLS[kind], "output_type": "latent", "do_sample": False}
+    assert torch.equal(pipe(**call).images, whole(**call).codes)
+    pipe.compile()
+    assert torch.equal(pipe(**call).images, whole(**call).codes)
+    message = "no vae, which this call needs: pass vae= when loading it"
+    for refused in (
+        lambda: pipe(**CALLS[kind]),
+        lambda: pipe(**call, num_candidates=2, scorer=lambda images, conditions: images.mean(dim=(1, 2, 3))),
+        lambda: pipe.encode_image(torch.rand(1, 3, HEIGHT, WIDTH)),
+        lambda: pipe.decode_codes(tiny_codes()),
+        lambda: pipe.reconstruct(torch.rand(1, 3, HEIGHT, WIDTH)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
 def test_component_that_does_not_fit_is_an_error(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vae and transformer must have the same"):

@@ -49,8 +49,9 @@ class RQPipeline(DiffusionPipeline):
     Image generation with residual quantization (Lee et al., CVPR 2022).
 
     Args:
-        vae ([`RQVAEModel`]): encodes images to codes and decodes them.
-        transformer ([`RQTransformerModel`]): samples codes.
+        vae ([`RQVAEModel`], or `None`): encodes images to codes and decodes them. Sampling codes alone
+            (`output_type="latent"`) works without.
+        transformer ([`RQTransformerModel`], or `None`): samples codes. Encoding and decoding work without.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of a text model.
     """
 
@@ -60,30 +61,30 @@ class RQPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: RQVAEModel,
-        transformer: RQTransformerModel,
+        vae: RQVAEModel | None,
+        transformer: RQTransformerModel | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        config = vae.config
-        of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
-        config = transformer.config
-        of_transformer = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
-        if of_vae != of_transformer:
-            raise ValueError(
-                "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
-                f"got {of_vae} and {of_transformer}"
-            )
+        if vae is not None and transformer is not None:
+            check_same_codes(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
     def is_text_conditional(self) -> bool:
+        self._require("transformer")
         return is_text_conditional(self.transformer.config)
 
     @property
     def is_class_conditional(self) -> bool:
+        self._require("transformer")
         return is_class_conditional(self.transformer.config)
+
+    def _require(self, name: str) -> None:
+        """Raises `ValueError` when the pipeline was made without this component."""
+        if getattr(self, name) is None:
+            raise ValueError(f"this pipeline has no {name}, which this call needs: pass {name}= when loading it")
 
     def check_inputs(
         self,
@@ -99,6 +100,9 @@ class RQPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
+        self._require("transformer")
+        if output_type != "latent" or scorer is not None:
+            self._require("vae")
         check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
@@ -118,6 +122,7 @@ class RQPipeline(DiffusionPipeline):
 
         Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
         """
+        self._require("transformer")
         return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
 
     @torch.no_grad()
@@ -263,12 +268,16 @@ class RQPipeline(DiffusionPipeline):
         decoding one image at a time. Elsewhere: [`RQTransformerModel.compile_steps`], which takes minutes in the first
         call with each number of images. For decoding see [`RQVAEModel.fuse_blocks`].
         """
-        if self._execution_device.type == "cpu":
-            self.transformer.pack_weights()
-            self.vae.enable_slicing()
-        else:
-            self.transformer.compile_steps()
-        self.vae.fuse_blocks()
+        on_cpu = self._execution_device.type == "cpu"
+        if self.transformer is not None:
+            if on_cpu:
+                self.transformer.pack_weights()
+            else:
+                self.transformer.compile_steps()
+        if self.vae is not None:
+            if on_cpu:
+                self.vae.enable_slicing()
+            self.vae.fuse_blocks()
 
     @torch.no_grad()
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
@@ -277,6 +286,7 @@ class RQPipeline(DiffusionPipeline):
         PIL images become grey for an RQ-VAE of one channel. Images are not resized: raises `ValueError` where the
         encoder cannot divide their sides, and `TypeError` for integer pixels.
         """
+        self._require("vae")
         rows, columns = self.vae.pixels_per_code
         mode = "L" if self.vae.config.in_channels == 1 else "RGB"
         images = image if isinstance(image, list) else [image]
@@ -302,6 +312,7 @@ class RQPipeline(DiffusionPipeline):
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Codes `(B, H, W, D)` -> images; with `depth=d` from the first d codes of every position, and with
         `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
+        self._require("vae")
         sample = self.vae.decode_codes(codes, depth, num_positions).sample
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
 
@@ -310,6 +321,19 @@ class RQPipeline(DiffusionPipeline):
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+
+
+def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
+    """Raises `ValueError` unless both have codes of the same shape and meaning."""
+    config = vae.config
+    of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
+    config = transformer.config
+    of_transformer = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
+    if of_vae != of_transformer:
+        raise ValueError(
+            "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
+            f"got {of_vae} and {of_transformer}"
+        )
 
 
 def take(values, rows: slice):
