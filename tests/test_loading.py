@@ -128,6 +128,7 @@ def test_text_pipeline_without_tokenizer_takes_one_when_loading(tmp_path, loader
 @loaders
 def test_components_may_be_passed(tmp_path, loader):
     saved, other = tiny_pipeline(), tiny_pipeline()
+    other.vae.quantizer.load_state_dict(saved.vae.quantizer.state_dict())
     saved.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path, vae=other.vae)
     assert loaded.vae is other.vae
@@ -178,6 +179,23 @@ def test_component_that_does_not_fit_is_an_error(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vae and transformer must have the same"):
         RQPipeline.from_pretrained(tmp_path, transformer=tiny_transformer(codebook_size=K + 1))
+
+
+def test_component_with_another_codebook_is_an_error(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="different codebooks.* call transformer.set_codebook"):
+        RQPipeline.from_pretrained(tmp_path, transformer=tiny_transformer())
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_codebooks_may_differ_by_rounding(tmp_path, saved, loaded):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(saved)
+    pipe.save_pretrained(tmp_path)
+    half = RQPipeline.from_pretrained(tmp_path, dtype={"transformer": loaded, "default": torch.float32})
+    assert half.transformer.codebook.dtype == loaded
+    assert RQPipeline(half.vae.to(torch.bfloat16), half.transformer).transformer is half.transformer
 
 
 def test_pipeline_of_the_same_components():

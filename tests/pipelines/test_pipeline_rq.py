@@ -342,3 +342,21 @@ def test_depth_outside_the_code_map_is_an_error(pipe, depth):
 def test_vae_and_transformer_that_disagree_are_an_error(overrides, theirs):
     with pytest.raises(ValueError, match=re.escape(f"got {(D, K, C, True)} and {theirs}")):
         RQPipeline(tiny_vae(), tiny_transformer(**overrides))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vae_and_transformer_with_different_codebooks_are_an_error(shared):
+    vae, transformer = tiny_vae(shared_codebook=shared), tiny_transformer(shared_codebook=shared)
+    with pytest.raises(ValueError, match="different codebooks.* call transformer.set_codebook"):
+        RQPipeline(vae, transformer)
+    transformer.set_codebook(vae.quantizer.codebook)
+    assert RQPipeline(vae, transformer).transformer is transformer
+    transformer.codebook[-1, -1, -1] += 1
+    with pytest.raises(ValueError, match="different codebooks"):
+        RQPipeline(vae, transformer)
+
+
+def test_weights_that_are_not_in_memory_are_not_compared():
+    with torch.device("meta"):
+        transformer = tiny_transformer()
+    assert RQPipeline(tiny_vae(), transformer).transformer is transformer

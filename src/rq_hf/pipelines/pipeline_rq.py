@@ -324,7 +324,7 @@ class RQPipeline(DiffusionPipeline):
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
-    """Raises `ValueError` unless both have codes of the same shape and meaning."""
+    """Raises `ValueError` unless both have codes of the same shape and, as far as they are in memory, one codebook."""
     config = vae.config
     of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
     config = transformer.config
@@ -333,6 +333,16 @@ def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
         raise ValueError(
             "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
             f"got {of_vae} and {of_transformer}"
+        )
+    codebook, copy = vae.quantizer.codebook.detach(), transformer.codebook
+    if codebook.is_meta or copy.is_meta:
+        return
+    # Either may have been rounded, now or before it was saved: to bfloat16, or to float16 with its steps of 2⁻²⁴.
+    rounding = {"rtol": torch.finfo(torch.bfloat16).eps, "atol": 2**-24}
+    if not torch.allclose(copy.to(codebook.device, torch.float32), codebook.float(), **rounding):
+        raise ValueError(
+            "vae and transformer have different codebooks; if the transformer models the codes of this vae, call "
+            "transformer.set_codebook(vae.quantizer.codebook)"
         )
 
 
