@@ -259,6 +259,33 @@ def test_integer_pixels_are_an_error(pipe, as_tensor):
         pipe.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2) if as_tensor else pixels)
 
 
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    "value, found",
+    [
+        (254.0, "0 to 254"),
+        (1.01, "0 to 1.01"),
+        (-0.5, "-0.5 to 0"),
+        (float("nan"), "nan to nan"),
+        (float("inf"), "0 to inf"),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode_image", "reconstruct"])
+def test_pixels_outside_the_unit_range_are_errors(pipe, method, value, found, as_tensor):
+    pixels = np.zeros((2, HEIGHT, WIDTH, 3), np.float32)
+    pixels[1, 0, 1, 2] = value
+    image = torch.from_numpy(pixels).permute(0, 3, 1, 2) if as_tensor else pixels
+    for given in (image, list(image)):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], got values from {found}$"):
+            getattr(pipe, method)(given)
+
+
+@pytest.mark.parametrize("image", ["cat.png", (0.5,), None])
+def test_what_is_no_image_is_an_error(pipe, image):
+    with pytest.raises(TypeError, match="images must be PIL images, arrays or tensors"):
+        pipe.encode_image(image)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_pictures_of_other_modes_become_rgb(pipe, mode):
     picture = random_pictures(1)[0].convert(mode)

@@ -284,7 +284,7 @@ class RQPipeline(DiffusionPipeline):
         """Images (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
 
         PIL images become grey for an RQ-VAE of one channel. Images are not resized: raises `ValueError` where the
-        encoder cannot divide their sides, and `TypeError` for integer pixels.
+        encoder cannot divide their sides, and for pixels outside [0, 1]; `TypeError` for integer pixels.
         """
         self._require("vae")
         rows, columns = self.vae.pixels_per_code
@@ -297,8 +297,8 @@ class RQPipeline(DiffusionPipeline):
         if any(width % columns or height % rows for width, height in sizes):
             raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
         for i in images:
-            if not isinstance(i, PIL.Image.Image) and not torch.as_tensor(i).is_floating_point():
-                raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {i.dtype}")
+            if not isinstance(i, PIL.Image.Image):
+                check_unit_range(i)
         pixels = self.image_processor.preprocess(images if sizes else image)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
@@ -321,6 +321,18 @@ class RQPipeline(DiffusionPipeline):
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+
+
+def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:
+    """Raises `TypeError` unless pixels are floating point, and `ValueError` unless they lie in [0, 1]."""
+    if not isinstance(pixels, np.ndarray | torch.Tensor):
+        raise TypeError(f"images must be PIL images, arrays or tensors, or a list of them, got {type(pixels)}")
+    pixels = torch.as_tensor(pixels)
+    if not pixels.is_floating_point():
+        raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {pixels.dtype}")
+    lowest, highest = (float(value) for value in pixels.aminmax())
+    if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
+        raise ValueError(f"arrays and tensors must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
