@@ -344,6 +344,15 @@ def test_reconstruction_is_encoding_and_decoding(pipe, depth, output_type):
     assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("output_type", ["PIL", "latent", None, 3])
+def test_other_output_types_are_errors(pipe, output_type):
+    message = re.escape(f"output_type must be one of ('pil', 'np', 'pt'), got {output_type!r}")
+    with pytest.raises(ValueError, match=message):
+        pipe.decode_codes(tiny_codes(), output_type=output_type)
+    with pytest.raises(ValueError, match=message):
+        pipe.reconstruct(random_pictures(), output_type=output_type)
+
+
 def test_fewer_depths_give_other_pictures(pipe):
     coarse, full = (pipe.reconstruct(random_pictures(), depth=d, output_type="pt") for d in (1, D))
     assert not torch.allclose(coarse, full)

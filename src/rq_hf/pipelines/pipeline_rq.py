@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
+from ..models.argument_checks import check_size
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
@@ -28,7 +29,8 @@ from .conditions import (
 )
 from .rejection_sampling import Scorer, check_candidates, score_images, select_best
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+IMAGE_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = (*IMAGE_TYPES, "latent")
 
 
 @dataclass
@@ -104,13 +106,11 @@ class RQPipeline(DiffusionPipeline):
         if output_type != "latent" or scorer is not None:
             self._require("vae")
         check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        check_size("num_images_per_prompt", num_images_per_prompt)
         check_candidates(scorer, num_candidates)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if batch_size is not None:
+            check_size("batch_size", batch_size)
+        check_output_type(output_type, OUTPUT_TYPES)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -196,7 +196,8 @@ class RQPipeline(DiffusionPipeline):
 
         # 2. Encode the conditions, one for each image that is sampled
         conditions = encode_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
-        per_condition = num_images_per_prompt * num_candidates
+        num_images_per_prompt = int(num_images_per_prompt)
+        per_condition = num_images_per_prompt * int(num_candidates)
         num_samples = per_condition * conditions.count
         conditions = conditions.repeat(per_condition)
         check_generator(generator, num_samples)
@@ -206,7 +207,7 @@ class RQPipeline(DiffusionPipeline):
             )
 
         # 3. Sample codes batch by batch, and score their images
-        batch_size = num_samples if batch_size is None else batch_size
+        batch_size = num_samples if batch_size is None else int(batch_size)
         batches = [slice(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         num_positions = self.transformer.num_positions - start
         all_codes, scores = [], []
@@ -310,9 +311,10 @@ class RQPipeline(DiffusionPipeline):
         num_positions: int | None = None,
         output_type: str = "pil",
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Codes `(B, H, W, D)` -> images; with `depth=d` from the first d codes of every position, and with
-        `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
+        """Codes `(B, H, W, D)` -> images (`"pil"`, `"np"` or `"pt"`); with `depth=d` from the first d codes of every
+        position, and with `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
         self._require("vae")
+        check_output_type(output_type, IMAGE_TYPES)
         sample = self.vae.decode_codes(codes, depth, num_positions).sample
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
 
@@ -320,7 +322,13 @@ class RQPipeline(DiffusionPipeline):
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
+        check_output_type(output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+
+
+def check_output_type(output_type: str, accepted: Sequence[str]) -> None:
+    if output_type not in accepted:
+        raise ValueError(f"output_type must be one of {accepted}, got {output_type!r}")
 
 
 def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..argument_checks import check_bool, check_size
 from ..codes import embed_codes
 from .nearest_codes import check_temperature, k_means, nearest, sample_codes, soft_targets
 
@@ -73,7 +74,10 @@ class ResidualQuantizer(nn.Module):
         quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], quantized to a random
             number of depths, so that a prefix of the codes is decodable; codes, losses and codebook updates are those
             of all depths.
-        epsilon (`float`): Laplace smoothing of the running counts.
+        epsilon (`float`): Laplace smoothing of the running counts, greater than 0.
+
+    Raises:
+        `ValueError` or `TypeError` for arguments out of these ranges or of another type.
     """
 
     no_weight_decay = ("codebook",)  # parameters that weight decay would pull away from their vectors
@@ -91,11 +95,11 @@ class ResidualQuantizer(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        if min(codebook_size, codebook_dim, depth) < 1:
-            raise ValueError(
-                "codebook_size, codebook_dim and depth must be at least 1, "
-                f"got {codebook_size}, {codebook_dim} and {depth}"
-            )
+        check_size("codebook_size", codebook_size)
+        check_size("codebook_dim", codebook_dim)
+        check_size("depth", depth)
+        check_bool("shared_codebook", shared_codebook)
+        check_bool("restart_unused_codes", restart_unused_codes)
         if codebook_update not in ("ema", "gradient"):
             raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
         num_codebooks = 1 if shared_codebook else depth
@@ -106,6 +110,8 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"quantizer_dropout must lie in [0, 1], got {quantizer_dropout}")
+        if not 0 < epsilon < float("inf"):
+            raise ValueError(f"epsilon must be greater than 0 and finite, got {epsilon}")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.depth = depth
