@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from tiny import (
     tiny_tokenizer,
     tiny_transformer,
 )
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 
 import rq_hf
 from rq_hf import RQPipeline, RQTransformerModel, RQVAEModel
@@ -315,6 +316,30 @@ def test_generation_config_is_saved_with_the_pipeline(tmp_path):
     assert_same_pipeline(RQPipeline.from_pretrained(tmp_path), pipe, "class")
     pipe.transformer.generation_config.update(top_k=12)
     assert not torch.equal(draw(RQPipeline.from_pretrained(tmp_path), "class").codes, draw(pipe, "class").codes)
+
+
+@pytest.mark.parametrize("content", ["", '{"do_sample": tr', "[]"])
+def test_broken_generation_config_is_an_error(tmp_path, content):
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "generation_config.json"
+    file.write_text(content)
+    for load in (
+        lambda: RQPipeline.from_pretrained(tmp_path),
+        lambda: RQTransformerModel.from_pretrained(tmp_path / "transformer"),
+        lambda: AutoModel.from_pretrained(tmp_path, subfolder="transformer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            load()
+    given = GenerationConfig(do_sample=False)
+    loaded = RQTransformerModel.from_pretrained(tmp_path / "transformer", generation_config=given)
+    assert loaded.generation_config.do_sample is False
+
+
+def test_generation_config_may_be_missing(tmp_path):
+    pipe = tiny_pipeline("class")
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "transformer" / "generation_config.json").unlink()
+    assert_same_pipeline(RQPipeline.from_pretrained(tmp_path), pipe, "class")
 
 
 def test_registering_twice_is_harmless(tmp_path):

@@ -1,11 +1,14 @@
 """The arguments of `generate`: defaults filled in, checked, and brought to one value per depth."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..argument_checks import check_bool
 from .code_sampling import CodeSampler
@@ -95,6 +98,26 @@ class GenerationSettings:
     def code_sampler(self, device: torch.device) -> CodeSampler:
         temperature = torch.tensor(self.temperature, device=device, dtype=torch.float32)
         return CodeSampler(self.do_sample, temperature, self.top_k, self.top_p)
+
+
+def check_generation_config_file(model: str, **hub_arguments) -> None:
+    """Raises `ValueError` when the folder or Hub model has a `generation_config.json` that is not a JSON object."""
+    file = cached_file(
+        model,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_arguments,
+    )
+    if file is None:
+        return
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, got {content!r}")
 
 
 def resolve_batch_size(
