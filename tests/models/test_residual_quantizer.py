@@ -364,6 +364,32 @@ def test_vectors_of_other_dimension_are_an_error(method):
         getattr(make_quantizer(), method)(torch.randn(2, C + 1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("method", ["__call__", "initialize"])
+def test_vectors_that_are_not_finite_do_not_reach_the_codebook(method, update, value):
+    quantizer, z = make_quantizer(codebook_update=update).train(), torch.randn(2, N, C)
+    z[1, 3, 0] = z[1, 3, 2] = z[0, 7, 1] = value
+    state = state_of(quantizer)
+    with pytest.raises(ValueError, match=f"must be finite, got NaN or infinite values in 2 of {2 * N}"):
+        getattr(quantizer, method)(z)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in quantizer.state_dict().items())
+
+
+def test_training_steps_compile_in_one_graph():
+    plain, compiled = make_quantizer(codebook_update="gradient"), make_quantizer(codebook_update="gradient")
+    z = torch.randn(N, C)
+    compiled.load_state_dict(plain.state_dict())
+    actual, expected = torch.compile(compiled, backend="eager", fullgraph=True)(z), plain(z)
+    assert torch.equal(actual.codes, expected.codes)
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode", "get_soft_codes", "initialize"])
+def test_integer_vectors_are_an_error(method):
+    with pytest.raises(TypeError, match="vectors must be floating point, got torch.int64"):
+        getattr(make_quantizer(), method)(torch.ones(N, C, dtype=torch.long))
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 @pytest.mark.parametrize("method", ["encode", "get_soft_codes"])
 def test_soft_codes_need_a_temperature_above_zero(method, temperature):

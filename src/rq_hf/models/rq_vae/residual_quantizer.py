@@ -17,7 +17,7 @@ from torch import nn
 
 from ..argument_checks import check_bool, check_size
 from ..codes import embed_codes
-from .nearest_codes import check_temperature, k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import check_finite, check_temperature, k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
@@ -135,11 +135,14 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: torch.Tensor) -> QuantizerOutput:
         """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
 
-        Raises `ValueError` when the last dimension is not C.
+        Raises `ValueError` when the last dimension is not C, and in training mode for vectors that are NaN or
+        infinite, from which a codebook does not recover; `TypeError` for integers.
         """
         self._check_vectors(z)
         with torch.autocast(z.device.type, enabled=False):
             inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
+            if self.training:
+                check_finite(inputs)
             residual = inputs.detach()
             partial_sum = quantized = torch.zeros_like(residual)
             last_depth = self._sample_last_depths(z)  # (N, 1), or None where all depths are summed
@@ -238,10 +241,11 @@ class ResidualQuantizer(nn.Module):
         Sets the codebook by k-means on vectors `(..., C)`. A codebook per depth: each on the residuals that the
         codebooks before it leave. One shared codebook: first on the vectors, then on the residuals of all depths.
 
-        Raises `ValueError` for fewer vectors than codewords.
+        Raises `ValueError` for fewer vectors than codewords, and for vectors that are NaN or infinite.
         """
         self._check_vectors(vectors)
         vectors = vectors.float().reshape(-1, self.codebook_dim)
+        check_finite(vectors)
         residual = vectors
         for m in range(len(self.codebook)):
             self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
@@ -261,6 +265,8 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(
                 f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
             )
+        if not z.is_floating_point():
+            raise TypeError(f"vectors must be floating point, got {z.dtype}")
 
     def _sample_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
         """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""
