@@ -78,6 +78,38 @@ def test_pictures_of_one_prompt_stand_together(kind, argument):
     assert torch.equal(codes, torch.cat([one, one, one, other, other, other]))
 
 
+@pytest.mark.parametrize(
+    "class_labels",
+    [
+        (2, 0),
+        [np.int64(2), np.int32(0)],
+        np.array([2, 0]),
+        np.array([2, 0], dtype=np.uint8),
+        torch.tensor([2, 0]),
+        [torch.tensor(2), torch.tensor(0)],
+    ],
+    ids=["tuple", "numpy integers", "array", "bytes", "tensor", "scalar tensors"],
+)
+def test_class_labels_may_be_those_of_a_data_set(class_labels):
+    pipe, seen = tiny_pipeline("class"), []
+
+    def scorer(images, conditions):
+        seen.append(conditions)
+        return images.mean(dim=(1, 2, 3))
+
+    expected = pipe(class_labels=[2, 0], **GREEDY).codes
+    assert torch.equal(pipe(class_labels=class_labels, **GREEDY).codes, expected)
+    pipe(class_labels=class_labels, num_candidates=2, scorer=scorer)
+    assert seen == [[2, 2, 0, 0]]
+    assert all(type(label) is int for label in seen[0])
+
+
+@pytest.mark.parametrize("class_label", [np.int64(2), np.array(2), torch.tensor(2)])
+def test_one_class_label_may_be_that_of_a_data_set(class_label):
+    pipe = tiny_pipeline("class")
+    assert torch.equal(pipe(class_labels=class_label, **GREEDY).codes, pipe(class_labels=2, **GREEDY).codes)
+
+
 def test_pictures_of_one_prompt_differ():
     codes = tiny_pipeline("class")(class_labels=1, num_images_per_prompt=2, output_type="latent").codes
     assert not torch.equal(codes[0], codes[1])
@@ -196,9 +228,14 @@ BAD_CALLS = [
     ("class", {"class_labels": NUM_CLASSES + 1}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[5\]"),
     ("class", {"class_labels": [0, -1]}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[-1\]"),
     ("class", {"class_labels": [0, NULL]}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[{NULL}\]"),
-    ("class", {"class_labels": "0"}, TypeError, "integer or a list of integers, got '0'"),
-    ("class", {"class_labels": [0.0]}, TypeError, r"integer or a list of integers, got \[0.0\]"),
-    ("class", {"class_labels": []}, TypeError, r"integer or a list of integers, got \[\]"),
+    ("class", {"class_labels": "0"}, TypeError, "must be an integer, or a list, .*, got '0'"),
+    ("class", {"class_labels": [0.0]}, TypeError, r"of integers, got \[0.0\]"),
+    ("class", {"class_labels": []}, TypeError, r"of integers, got \[\]"),
+    ("class", {"class_labels": True}, TypeError, "of integers, got True"),
+    ("class", {"class_labels": [0, False]}, TypeError, r"of integers, got \[0, False\]"),
+    ("class", {"class_labels": torch.tensor([0.0])}, TypeError, r"of integers, got tensor\(\[0.\]\)"),
+    ("class", {"class_labels": np.array([[0, 1]])}, TypeError, r"of integers, got array\(\[\[0, 1\]\]\)"),
+    ("class", {"class_labels": np.array([0, 5])}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[5\]"),
     ("text", {"prompt": []}, TypeError, r"string or a list of strings, got \[\]"),
     ("text", {"prompt": ["red", 1]}, TypeError, "string or a list of strings"),
     ("text", {"prompt": ("red",)}, TypeError, "string or a list of strings"),

@@ -3,9 +3,14 @@
 from numbers import Integral
 
 
+def is_integer(value) -> bool:
+    """Whether `value` is an integer of Python or NumPy; booleans are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_size(name: str, value: int) -> None:
     """Raises `TypeError` unless `value` is an integer (of Python or NumPy), and `ValueError` below 1."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

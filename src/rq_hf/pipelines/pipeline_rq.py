@@ -20,6 +20,7 @@ from ..models.argument_checks import check_size
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
+    ClassLabels,
     as_list,
     check_conditions,
     encode_conditions,
@@ -129,7 +130,7 @@ class RQPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: PerDepth | None = None,
         guidance_schedule: str = "constant",
@@ -153,7 +154,8 @@ class RQPipeline(DiffusionPipeline):
         r"""
         Args:
             prompt (`str` or list of them): for a text model, at most L tokens each; a longer one is an error.
-            class_labels (`int` or list of them): for a class-conditional model, in [0, number of classes).
+            class_labels (`int`, or a list, tuple, array or tensor of them): for a class-conditional model, in
+                [0, number of classes).
             num_images_per_prompt (`int`): images per prompt or label; of an unconditional model, images in all.
             negative_prompt (`str`, or a list, one per prompt): the condition that guidance steers away from, instead
                 of no text.
