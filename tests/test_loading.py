@@ -140,7 +140,7 @@ def test_components_may_be_passed(tmp_path, loader):
 def test_pipeline_without_a_transformer_encodes_and_decodes(tmp_path):
     whole, pixels = tiny_pipeline("class"), torch.rand(2, 3, HEIGHT, WIDTH)
     whole.save_pretrained(tmp_path)
-    pipe = RQPipeline.from_pretrained(tmp_path, transformer=None)
+    pipe = RQPipeline.from_pretrained(tmp_path, transformer=None, tokenizer=tiny_tokenizer())
     assert pipe.transformer is None
     codes = pipe.encode_image(pixels)
     assert torch.equal(codes, whole.encode_image(pixels))

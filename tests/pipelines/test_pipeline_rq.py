@@ -269,8 +269,9 @@ def test_bad_calls_are_errors(kind, arguments, error, message):
 def test_a_prompt_without_a_tokenizer_is_an_error():
     pipe = tiny_pipeline("text")
     pipe = RQPipeline(pipe.vae, pipe.transformer)
-    with pytest.raises(ValueError, match="no tokenizer.*pass tokenizer="):
-        pipe("red apple")
+    for call in (pipe, pipe.encode_prompt):
+        with pytest.raises(ValueError, match="no tokenizer.*pass tokenizer="):
+            call("red apple")
     pipe.tokenizer = tiny_tokenizer()
     assert len(pipe("red apple").images) == 1
 

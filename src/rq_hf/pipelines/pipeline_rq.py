@@ -123,6 +123,7 @@ class RQPipeline(DiffusionPipeline):
 
         Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
         """
+        self._require("tokenizer")
         self._require("transformer")
         return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
 
