@@ -1,14 +1,18 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
 import diffusers
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from diffusers import DiffusionPipeline
 from tiny import (
     CALLS,
+    HEIGHT,
+    WIDTH,
     K,
     kinds,
     same_state,
@@ -18,7 +22,7 @@ from tiny import (
     tiny_tokenizer,
     tiny_transformer,
 )
-from transformers import AutoModel
+from transformers import AutoModel, GenerationConfig
 
 import rq_hf
 from rq_hf import RQPipeline, RQTransformerModel, RQVAEModel
@@ -125,6 +129,7 @@ def test_text_pipeline_without_tokenizer_takes_one_when_loading(tmp_path, loader
 @loaders
 def test_components_may_be_passed(tmp_path, loader):
     saved, other = tiny_pipeline(), tiny_pipeline()
+    other.vae.quantizer.load_state_dict(saved.vae.quantizer.state_dict())
     saved.save_pretrained(tmp_path)
     loaded = loader.from_pretrained(tmp_path, vae=other.vae)
     assert loaded.vae is other.vae
@@ -132,10 +137,66 @@ def test_components_may_be_passed(tmp_path, loader):
     assert not same_state(loaded.vae, saved.vae)
 
 
+def test_pipeline_without_a_transformer_encodes_and_decodes(tmp_path):
+    whole, pixels = tiny_pipeline("class"), torch.rand(2, 3, HEIGHT, WIDTH)
+    whole.save_pretrained(tmp_path)
+    pipe = RQPipeline.from_pretrained(tmp_path, transformer=None, tokenizer=tiny_tokenizer())
+    assert pipe.transformer is None
+    codes = pipe.encode_image(pixels)
+    assert torch.equal(codes, whole.encode_image(pixels))
+    assert torch.equal(pipe.decode_codes(codes, output_type="pt"), whole.decode_codes(codes, output_type="pt"))
+    assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), whole.reconstruct(pixels, output_type="pt"))
+    pipe.compile()
+    assert torch.equal(pipe.encode_image(pixels), codes)
+    message = "no transformer, which this call needs: pass transformer= when loading it"
+    for call in (lambda: pipe(class_labels=1), lambda: pipe.encode_prompt("red"), lambda: pipe.is_class_conditional):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@kinds
+def test_pipeline_without_a_vae_samples_codes(tmp_path, kind):
+    whole = tiny_pipeline(kind)
+    whole.save_pretrained(tmp_path)
+    pipe = RQPipeline.from_pretrained(tmp_path, vae=None)
+    assert pipe.vae is None
+    call = {**CALLS[kind], "output_type": "latent", "do_sample": False}
+    assert torch.equal(pipe(**call).images, whole(**call).codes)
+    pipe.compile()
+    assert torch.equal(pipe(**call).images, whole(**call).codes)
+    message = "no vae, which this call needs: pass vae= when loading it"
+    for refused in (
+        lambda: pipe(**CALLS[kind]),
+        lambda: pipe(**call, num_candidates=2, scorer=lambda images, conditions: images.mean(dim=(1, 2, 3))),
+        lambda: pipe.encode_image(torch.rand(1, 3, HEIGHT, WIDTH)),
+        lambda: pipe.decode_codes(tiny_codes()),
+        lambda: pipe.reconstruct(torch.rand(1, 3, HEIGHT, WIDTH)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
 def test_component_that_does_not_fit_is_an_error(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="vae and transformer must have the same"):
         RQPipeline.from_pretrained(tmp_path, transformer=tiny_transformer(codebook_size=K + 1))
+
+
+def test_component_with_another_codebook_is_an_error(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="different codebooks.* call transformer.set_codebook"):
+        RQPipeline.from_pretrained(tmp_path, transformer=tiny_transformer())
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_codebooks_may_differ_by_rounding(tmp_path, saved, loaded):
+    pipe = tiny_pipeline()
+    pipe.transformer.to(saved)
+    pipe.save_pretrained(tmp_path)
+    half = RQPipeline.from_pretrained(tmp_path, dtype={"transformer": loaded, "default": torch.float32})
+    assert half.transformer.codebook.dtype == loaded
+    assert RQPipeline(half.vae.to(torch.bfloat16), half.transformer).transformer is half.transformer
 
 
 def test_pipeline_of_the_same_components():
@@ -183,6 +244,49 @@ def test_pipeline_draws_with_model_offload(kind):
         assert torch.equal(actual.images, expected.images)
 
 
+@kinds
+def test_pipeline_draws_with_sequential_offload(kind):
+    pipe, pixels = tiny_pipeline(kind), torch.rand(2, 3, HEIGHT, WIDTH)
+    expected = draw(pipe, kind)
+    reconstruction = pipe.reconstruct(pixels, output_type="pt")
+    for model in (pipe.vae, pipe.transformer):  # as by enable_sequential_cpu_offload, which needs an accelerator
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True)
+    assert pipe.vae.quantizer.codebook.is_meta
+    for _ in range(2):
+        actual = draw(pipe, kind)
+        assert torch.equal(actual.codes, expected.codes)
+        assert torch.equal(actual.images, expected.images)
+        assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), reconstruction)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "device map"])
+def test_offloaded_vae_encodes_and_decodes(tmp_path, where):
+    vae, pixels = tiny_pipeline().vae, torch.rand(2, 3, HEIGHT, WIDTH)
+    vae.save_pretrained(tmp_path)
+    offloaded = RQVAEModel.from_pretrained(tmp_path)
+    if where == "memory":
+        cpu_offload(offloaded, torch.device("cpu"), offload_buffers=True)
+    elif where == "disk":
+        disk_offload(offloaded, tmp_path / "offload", torch.device("cpu"), offload_buffers=True)
+    else:
+        device_map = {
+            "encoder": "cpu",
+            "quant_conv": "cpu",
+            "quantizer": "disk",
+            "post_quant_conv": "cpu",
+            "decoder": "disk",
+        }
+        offloaded = RQVAEModel.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert offloaded.quantizer.codebook.is_meta
+    codes = vae.get_codes(pixels)
+    assert torch.equal(offloaded.embed_codes(codes), vae.embed_codes(codes))
+    assert torch.equal(offloaded.get_codes(pixels), codes)
+    assert torch.equal(offloaded.quantizer.decode(codes), vae.quantizer.decode(codes))
+    assert torch.equal(offloaded.decode_codes(codes).sample, vae.decode_codes(codes).sample)
+    for actual, expected in zip(offloaded.get_soft_codes(pixels), vae.get_soft_codes(pixels), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("loader", [RQVAEModel, diffusers.AutoModel])
 def test_vae_loads_from_its_folder(tmp_path, loader):
     pipe = tiny_pipeline()
@@ -212,6 +316,30 @@ def test_generation_config_is_saved_with_the_pipeline(tmp_path):
     assert_same_pipeline(RQPipeline.from_pretrained(tmp_path), pipe, "class")
     pipe.transformer.generation_config.update(top_k=12)
     assert not torch.equal(draw(RQPipeline.from_pretrained(tmp_path), "class").codes, draw(pipe, "class").codes)
+
+
+@pytest.mark.parametrize("content", ["", '{"do_sample": tr', "[]"])
+def test_broken_generation_config_is_an_error(tmp_path, content):
+    tiny_pipeline().save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "generation_config.json"
+    file.write_text(content)
+    for load in (
+        lambda: RQPipeline.from_pretrained(tmp_path),
+        lambda: RQTransformerModel.from_pretrained(tmp_path / "transformer"),
+        lambda: AutoModel.from_pretrained(tmp_path, subfolder="transformer"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(str(file))):
+            load()
+    given = GenerationConfig(do_sample=False)
+    loaded = RQTransformerModel.from_pretrained(tmp_path / "transformer", generation_config=given)
+    assert loaded.generation_config.do_sample is False
+
+
+def test_generation_config_may_be_missing(tmp_path):
+    pipe = tiny_pipeline("class")
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "transformer" / "generation_config.json").unlink()
+    assert_same_pipeline(RQPipeline.from_pretrained(tmp_path), pipe, "class")
 
 
 def test_registering_twice_is_harmless(tmp_path):

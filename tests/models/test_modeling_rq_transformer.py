@@ -146,7 +146,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(kind, overrides, return_logits,
     torch.testing.assert_close(out.loss, 0.1 * cond_loss + 0.9 * depth_losses.mean())
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.9])
 def test_text_loss_is_weighted(weight):
     model = tiny_transformer("text", text_loss_weight=weight)
     codes, ids = tiny_codes(), tiny_condition("text")
@@ -365,6 +365,14 @@ def test_default_stacks_have_one_width_and_a_wider_mlp():
 def test_config_that_contradicts_itself_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**options)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("name", ["text_loss_weight", "embedding_dropout", "hidden_dropout", "attention_dropout"])
+def test_shares_outside_their_range_are_errors(name, value):
+    options = {name: value} if name in ("text_loss_weight", "embedding_dropout") else {"depth_config": {name: value}}
+    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\), got {value}"):
+        RQTransformerConfig(**options)
 
 
 def test_heads_that_do_not_divide_the_width_are_an_error():

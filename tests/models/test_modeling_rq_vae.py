@@ -350,3 +350,20 @@ def test_bad_codes_are_errors(vae, method, codes, error, message):
 def test_levels_that_do_not_match_are_an_error():
     with pytest.raises(ValueError, match="one entry per level, got 2, 2 and 3"):
         tiny_vae(block_out_channels=(8, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "overrides, error, message",
+    [
+        ({"sample_size": "8"}, TypeError, "sample_size must be an integer, got '8'"),
+        ({"sample_size": (8, 8)}, TypeError, r"sample_size must be an integer, got \(8, 8\)"),
+        ({"sample_size": -1}, ValueError, "sample_size must be at least 1, got -1"),
+        ({"latent_channels": 0}, ValueError, "latent_channels must be at least 1, got 0"),
+        ({"codebook_dim": "6"}, TypeError, "codebook_dim must be an integer, got '6'"),
+        ({"shared_codebook": "False"}, TypeError, "shared_codebook must be True or False, got 'False'"),
+        ({"mid_block_add_attention": "no"}, TypeError, "mid_block_add_attention must be True or False, got 'no'"),
+    ],
+)
+def test_bad_options_are_errors(overrides, error, message):
+    with pytest.raises(error, match=message):
+        tiny_vae(**overrides)

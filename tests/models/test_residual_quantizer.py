@@ -364,25 +364,70 @@ def test_vectors_of_other_dimension_are_an_error(method):
         getattr(make_quantizer(), method)(torch.randn(2, C + 1))
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_soft_codes_need_a_temperature_above_zero(temperature):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("method", ["__call__", "initialize"])
+def test_vectors_that_are_not_finite_do_not_reach_the_codebook(method, update, value):
+    quantizer, z = make_quantizer(codebook_update=update).train(), torch.randn(2, N, C)
+    z[1, 3, 0] = z[1, 3, 2] = z[0, 7, 1] = value
+    state = state_of(quantizer)
+    with pytest.raises(ValueError, match=f"must be finite, got NaN or infinite values in 2 of {2 * N}"):
+        getattr(quantizer, method)(z)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in quantizer.state_dict().items())
+
+
+def test_training_steps_compile_in_one_graph():
+    plain, compiled = make_quantizer(codebook_update="gradient"), make_quantizer(codebook_update="gradient")
+    z = torch.randn(N, C)
+    compiled.load_state_dict(plain.state_dict())
+    actual, expected = torch.compile(compiled, backend="eager", fullgraph=True)(z), plain(z)
+    assert torch.equal(actual.codes, expected.codes)
+
+
+@pytest.mark.parametrize("method", ["__call__", "encode", "get_soft_codes", "initialize"])
+def test_integer_vectors_are_an_error(method):
+    with pytest.raises(TypeError, match="vectors must be floating point, got torch.int64"):
+        getattr(make_quantizer(), method)(torch.ones(N, C, dtype=torch.long))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("method", ["encode", "get_soft_codes"])
+def test_soft_codes_need_a_temperature_above_zero(method, temperature):
     with pytest.raises(ValueError, match=f"greater than 0, got {temperature}"):
-        make_quantizer().get_soft_codes(torch.randn(2, C), temperature)
+        getattr(make_quantizer(), method)(torch.randn(2, C), temperature)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"codebook_size": 0}, f"at least 1, got 0, {C} and {D}"),
-        ({"codebook_dim": 0}, f"at least 1, got {K}, 0 and {D}"),
-        ({"depth": 0}, f"at least 1, got {K}, {C} and 0"),
+        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"codebook_dim": 0}, "codebook_dim must be at least 1, got 0"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"codebook_update": "adam"}, "'ema' or 'gradient', got 'adam'"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), got -0.1"),
+        ({"epsilon": 0.0}, "epsilon must be greater than 0 and finite, got 0.0"),
+        ({"epsilon": -1.0}, "epsilon must be greater than 0 and finite, got -1.0"),
+        ({"epsilon": float("nan")}, "epsilon must be greater than 0 and finite, got nan"),
     ],
 )
 def test_bad_arguments_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
+        make_quantizer(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"codebook_size": 8.0}, "codebook_size must be an integer, got 8.0"),
+        ({"codebook_dim": "3"}, "codebook_dim must be an integer, got '3'"),
+        ({"depth": True}, "depth must be an integer, got True"),
+        ({"shared_codebook": "False"}, "shared_codebook must be True or False, got 'False'"),
+        ({"restart_unused_codes": 0}, "restart_unused_codes must be True or False, got 0"),
+    ],
+)
+def test_arguments_of_another_type_are_errors(options, message):
+    with pytest.raises(TypeError, match=message):
         make_quantizer(**options)
 
 

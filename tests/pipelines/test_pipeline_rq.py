@@ -78,6 +78,38 @@ def test_pictures_of_one_prompt_stand_together(kind, argument):
     assert torch.equal(codes, torch.cat([one, one, one, other, other, other]))
 
 
+@pytest.mark.parametrize(
+    "class_labels",
+    [
+        (2, 0),
+        [np.int64(2), np.int32(0)],
+        np.array([2, 0]),
+        np.array([2, 0], dtype=np.uint8),
+        torch.tensor([2, 0]),
+        [torch.tensor(2), torch.tensor(0)],
+    ],
+    ids=["tuple", "numpy integers", "array", "bytes", "tensor", "scalar tensors"],
+)
+def test_class_labels_may_be_those_of_a_data_set(class_labels):
+    pipe, seen = tiny_pipeline("class"), []
+
+    def scorer(images, conditions):
+        seen.append(conditions)
+        return images.mean(dim=(1, 2, 3))
+
+    expected = pipe(class_labels=[2, 0], **GREEDY).codes
+    assert torch.equal(pipe(class_labels=class_labels, **GREEDY).codes, expected)
+    pipe(class_labels=class_labels, num_candidates=2, scorer=scorer)
+    assert seen == [[2, 2, 0, 0]]
+    assert all(type(label) is int for label in seen[0])
+
+
+@pytest.mark.parametrize("class_label", [np.int64(2), np.array(2), torch.tensor(2)])
+def test_one_class_label_may_be_that_of_a_data_set(class_label):
+    pipe = tiny_pipeline("class")
+    assert torch.equal(pipe(class_labels=class_label, **GREEDY).codes, pipe(class_labels=2, **GREEDY).codes)
+
+
 def test_pictures_of_one_prompt_differ():
     codes = tiny_pipeline("class")(class_labels=1, num_images_per_prompt=2, output_type="latent").codes
     assert not torch.equal(codes[0], codes[1])
@@ -196,9 +228,14 @@ BAD_CALLS = [
     ("class", {"class_labels": NUM_CLASSES + 1}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[5\]"),
     ("class", {"class_labels": [0, -1]}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[-1\]"),
     ("class", {"class_labels": [0, NULL]}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[{NULL}\]"),
-    ("class", {"class_labels": "0"}, TypeError, "integer or a list of integers, got '0'"),
-    ("class", {"class_labels": [0.0]}, TypeError, r"integer or a list of integers, got \[0.0\]"),
-    ("class", {"class_labels": []}, TypeError, r"integer or a list of integers, got \[\]"),
+    ("class", {"class_labels": "0"}, TypeError, "must be an integer, or a list, .*, got '0'"),
+    ("class", {"class_labels": [0.0]}, TypeError, r"of integers, got \[0.0\]"),
+    ("class", {"class_labels": []}, TypeError, r"of integers, got \[\]"),
+    ("class", {"class_labels": True}, TypeError, "of integers, got True"),
+    ("class", {"class_labels": [0, False]}, TypeError, r"of integers, got \[0, False\]"),
+    ("class", {"class_labels": torch.tensor([0.0])}, TypeError, r"of integers, got tensor\(\[0.\]\)"),
+    ("class", {"class_labels": np.array([[0, 1]])}, TypeError, r"of integers, got array\(\[\[0, 1\]\]\)"),
+    ("class", {"class_labels": np.array([0, 5])}, ValueError, rf"in \[0, {NUM_CLASSES}\), got \[5\]"),
     ("text", {"prompt": []}, TypeError, r"string or a list of strings, got \[\]"),
     ("text", {"prompt": ["red", 1]}, TypeError, "string or a list of strings"),
     ("text", {"prompt": ("red",)}, TypeError, "string or a list of strings"),
@@ -232,8 +269,9 @@ def test_bad_calls_are_errors(kind, arguments, error, message):
 def test_a_prompt_without_a_tokenizer_is_an_error():
     pipe = tiny_pipeline("text")
     pipe = RQPipeline(pipe.vae, pipe.transformer)
-    with pytest.raises(ValueError, match="no tokenizer.*pass tokenizer="):
-        pipe("red apple")
+    for call in (pipe, pipe.encode_prompt):
+        with pytest.raises(ValueError, match="no tokenizer.*pass tokenizer="):
+            call("red apple")
     pipe.tokenizer = tiny_tokenizer()
     assert len(pipe("red apple").images) == 1
 
@@ -257,6 +295,33 @@ def test_integer_pixels_are_an_error(pipe, as_tensor):
     pixels = np.stack(random_pictures())
     with pytest.raises((ValueError, TypeError), match="uint8"):
         pipe.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2) if as_tensor else pixels)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["array", "tensor"])
+@pytest.mark.parametrize(
+    "value, found",
+    [
+        (254.0, "0 to 254"),
+        (1.01, "0 to 1.01"),
+        (-0.5, "-0.5 to 0"),
+        (float("nan"), "nan to nan"),
+        (float("inf"), "0 to inf"),
+    ],
+)
+@pytest.mark.parametrize("method", ["encode_image", "reconstruct"])
+def test_pixels_outside_the_unit_range_are_errors(pipe, method, value, found, as_tensor):
+    pixels = np.zeros((2, HEIGHT, WIDTH, 3), np.float32)
+    pixels[1, 0, 1, 2] = value
+    image = torch.from_numpy(pixels).permute(0, 3, 1, 2) if as_tensor else pixels
+    for given in (image, list(image)):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 1\], got values from {found}$"):
+            getattr(pipe, method)(given)
+
+
+@pytest.mark.parametrize("image", ["cat.png", (0.5,), None])
+def test_what_is_no_image_is_an_error(pipe, image):
+    with pytest.raises(TypeError, match="images must be PIL images, arrays or tensors"):
+        pipe.encode_image(image)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
@@ -317,6 +382,15 @@ def test_reconstruction_is_encoding_and_decoding(pipe, depth, output_type):
     assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("output_type", ["PIL", "latent", None, 3])
+def test_other_output_types_are_errors(pipe, output_type):
+    message = re.escape(f"output_type must be one of ('pil', 'np', 'pt'), got {output_type!r}")
+    with pytest.raises(ValueError, match=message):
+        pipe.decode_codes(tiny_codes(), output_type=output_type)
+    with pytest.raises(ValueError, match=message):
+        pipe.reconstruct(random_pictures(), output_type=output_type)
+
+
 def test_fewer_depths_give_other_pictures(pipe):
     coarse, full = (pipe.reconstruct(random_pictures(), depth=d, output_type="pt") for d in (1, D))
     assert not torch.allclose(coarse, full)
@@ -342,3 +416,21 @@ def test_depth_outside_the_code_map_is_an_error(pipe, depth):
 def test_vae_and_transformer_that_disagree_are_an_error(overrides, theirs):
     with pytest.raises(ValueError, match=re.escape(f"got {(D, K, C, True)} and {theirs}")):
         RQPipeline(tiny_vae(), tiny_transformer(**overrides))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vae_and_transformer_with_different_codebooks_are_an_error(shared):
+    vae, transformer = tiny_vae(shared_codebook=shared), tiny_transformer(shared_codebook=shared)
+    with pytest.raises(ValueError, match="different codebooks.* call transformer.set_codebook"):
+        RQPipeline(vae, transformer)
+    transformer.set_codebook(vae.quantizer.codebook)
+    assert RQPipeline(vae, transformer).transformer is transformer
+    transformer.codebook[-1, -1, -1] += 1
+    with pytest.raises(ValueError, match="different codebooks"):
+        RQPipeline(vae, transformer)
+
+
+def test_weights_that_are_not_in_memory_are_not_compared():
+    with torch.device("meta"):
+        transformer = tiny_transformer()
+    assert RQPipeline(tiny_vae(), transformer).transformer is transformer

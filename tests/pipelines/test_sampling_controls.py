@@ -1,5 +1,6 @@
 """What a caller of the pipeline controls: batches, seeds, guidance, candidates, variations, previews."""
 
+import numpy as np
 import pytest
 import torch
 from tiny import CALLS, HEIGHT, WIDTH, D, H, T, W, kinds, tiny_codes, tiny_pipeline
@@ -166,6 +167,23 @@ class TestPreview:
 def test_contradictions_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipeline()(**arguments)
+
+
+@pytest.mark.parametrize("name", ["num_images_per_prompt", "num_candidates", "batch_size"])
+@pytest.mark.parametrize("value", [1.5, 2.0, True, "2"])
+def test_numbers_of_images_are_integers(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
+        tiny_pipeline()(**{name: value})
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numbers_of_images_may_be_those_of_numpy(integer):
+    pipe, call = tiny_pipeline(), {"scorer": brightness, "generator": list(range(6)), "output_type": "pt"}
+    numbers = {"num_images_per_prompt": 2, "num_candidates": 3, "batch_size": 4}
+    expected = pipe(**call, **numbers)
+    actual = pipe(**call, **{name: integer(value) for name, value in numbers.items()})
+    assert torch.equal(actual.codes, expected.codes)
+    torch.testing.assert_close(actual.images, expected.images)
 
 
 def test_compiled_pipeline_draws_the_same():

@@ -1,12 +1,17 @@
 """Prompts and class labels as condition ids, with all their checks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..models import RQTransformerConfig
+from ..models.argument_checks import is_integer
 from ..text import encode_captions
+
+ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor
 
 
 @dataclass
@@ -51,7 +56,7 @@ def check_conditions(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
-    class_labels: int | list[int] | None,
+    class_labels: ClassLabels | None,
 ) -> None:
     """Raises `ValueError`/`TypeError` for conditions that contradict each other or do not fit the model."""
     if prompt is not None and class_labels is not None:
@@ -88,10 +93,21 @@ def check_prompts(name: str, prompts: str | list[str]) -> None:
         raise TypeError(f"{name} must be a string or a list of strings, got {prompts!r}")
 
 
-def check_class_labels(class_labels: int | list[int], config: RQTransformerConfig) -> None:
-    labels = as_list(class_labels)
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, int) for label in labels):
-        raise TypeError(f"class_labels must be an integer or a list of integers, got {class_labels!r}")
+def label_list(class_labels: ClassLabels) -> list[int]:
+    """A label, or a sequence, array or tensor of labels, as a list. Raises `TypeError` for anything else."""
+    labels = class_labels.tolist() if isinstance(class_labels, np.ndarray | torch.Tensor) else class_labels
+    labels = list(labels) if isinstance(labels, list | tuple) else [labels]
+    labels = [x.item() if isinstance(x, torch.Tensor) and x.ndim == 0 else x for x in labels]
+    if not labels or not all(is_integer(label) for label in labels):
+        raise TypeError(
+            "class_labels must be an integer, or a list, tuple, one-dimensional array or tensor of integers, "
+            f"got {class_labels!r}"
+        )
+    return [int(label) for label in labels]
+
+
+def check_class_labels(class_labels: ClassLabels, config: RQTransformerConfig) -> None:
+    labels = label_list(class_labels)
     invalid = [x for x in labels if not 0 <= x < config.cond_vocab_size or x == config.null_cond_id]
     if invalid:
         num_classes = config.cond_vocab_size - (config.null_cond_id is not None)
@@ -112,11 +128,11 @@ def encode_conditions(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: str | list[str] | None,
     negative_prompt: str | list[str] | None,
-    class_labels: int | list[int] | None,
+    class_labels: ClassLabels | None,
 ) -> Conditions:
     """The conditions of arguments that [`check_conditions`] accepts."""
     if class_labels is not None:
-        labels = as_list(class_labels)
+        labels = label_list(class_labels)
         return Conditions(labels, torch.tensor(labels)[:, None])
     if prompt is None:
         return Conditions()
@@ -128,5 +144,5 @@ def encode_conditions(
 
 
 def as_list(value):
-    """A single prompt or label as a list of one; anything else as it is."""
-    return [value] if isinstance(value, str | int) else value
+    """A single prompt as a list of one; anything else as it is."""
+    return [value] if isinstance(value, str) else value

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..images import to_rgb
 from ..models import RQTransformerModel, RQVAEModel
+from ..models.argument_checks import check_size
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
+    ClassLabels,
     as_list,
     check_conditions,
     encode_conditions,
@@ -28,7 +30,8 @@ from .conditions import (
 )
 from .rejection_sampling import Scorer, check_candidates, score_images, select_best
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+IMAGE_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = (*IMAGE_TYPES, "latent")
 
 
 @dataclass
@@ -49,8 +52,9 @@ class RQPipeline(DiffusionPipeline):
     Image generation with residual quantization (Lee et al., CVPR 2022).
 
     Args:
-        vae ([`RQVAEModel`]): encodes images to codes and decodes them.
-        transformer ([`RQTransformerModel`]): samples codes.
+        vae ([`RQVAEModel`], or `None`): encodes images to codes and decodes them. Sampling codes alone
+            (`output_type="latent"`) works without.
+        transformer ([`RQTransformerModel`], or `None`): samples codes. Encoding and decoding work without.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of a text model.
     """
 
@@ -60,30 +64,30 @@ class RQPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: RQVAEModel,
-        transformer: RQTransformerModel,
+        vae: RQVAEModel | None,
+        transformer: RQTransformerModel | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        config = vae.config
-        of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
-        config = transformer.config
-        of_transformer = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
-        if of_vae != of_transformer:
-            raise ValueError(
-                "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
-                f"got {of_vae} and {of_transformer}"
-            )
+        if vae is not None and transformer is not None:
+            check_same_codes(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @property
     def is_text_conditional(self) -> bool:
+        self._require("transformer")
         return is_text_conditional(self.transformer.config)
 
     @property
     def is_class_conditional(self) -> bool:
+        self._require("transformer")
         return is_class_conditional(self.transformer.config)
+
+    def _require(self, name: str) -> None:
+        """Raises `ValueError` when the pipeline was made without this component."""
+        if getattr(self, name) is None:
+            raise ValueError(f"this pipeline has no {name}, which this call needs: pass {name}= when loading it")
 
     def check_inputs(
         self,
@@ -99,14 +103,15 @@ class RQPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
+        self._require("transformer")
+        if output_type != "latent" or scorer is not None:
+            self._require("vae")
         check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        check_size("num_images_per_prompt", num_images_per_prompt)
         check_candidates(scorer, num_candidates)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        if batch_size is not None:
+            check_size("batch_size", batch_size)
+        check_output_type(output_type, OUTPUT_TYPES)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -118,13 +123,15 @@ class RQPipeline(DiffusionPipeline):
 
         Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
         """
+        self._require("tokenizer")
+        self._require("transformer")
         return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
-        class_labels: int | list[int] | None = None,
+        class_labels: ClassLabels | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: PerDepth | None = None,
         guidance_schedule: str = "constant",
@@ -148,7 +155,8 @@ class RQPipeline(DiffusionPipeline):
         r"""
         Args:
             prompt (`str` or list of them): for a text model, at most L tokens each; a longer one is an error.
-            class_labels (`int` or list of them): for a class-conditional model, in [0, number of classes).
+            class_labels (`int`, or a list, tuple, array or tensor of them): for a class-conditional model, in
+                [0, number of classes).
             num_images_per_prompt (`int`): images per prompt or label; of an unconditional model, images in all.
             negative_prompt (`str`, or a list, one per prompt): the condition that guidance steers away from, instead
                 of no text.
@@ -191,7 +199,8 @@ class RQPipeline(DiffusionPipeline):
 
         # 2. Encode the conditions, one for each image that is sampled
         conditions = encode_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
-        per_condition = num_images_per_prompt * num_candidates
+        num_images_per_prompt = int(num_images_per_prompt)
+        per_condition = num_images_per_prompt * int(num_candidates)
         num_samples = per_condition * conditions.count
         conditions = conditions.repeat(per_condition)
         check_generator(generator, num_samples)
@@ -201,7 +210,7 @@ class RQPipeline(DiffusionPipeline):
             )
 
         # 3. Sample codes batch by batch, and score their images
-        batch_size = num_samples if batch_size is None else batch_size
+        batch_size = num_samples if batch_size is None else int(batch_size)
         batches = [slice(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
         num_positions = self.transformer.num_positions - start
         all_codes, scores = [], []
@@ -263,20 +272,25 @@ class RQPipeline(DiffusionPipeline):
         decoding one image at a time. Elsewhere: [`RQTransformerModel.compile_steps`], which takes minutes in the first
         call with each number of images. For decoding see [`RQVAEModel.fuse_blocks`].
         """
-        if self._execution_device.type == "cpu":
-            self.transformer.pack_weights()
-            self.vae.enable_slicing()
-        else:
-            self.transformer.compile_steps()
-        self.vae.fuse_blocks()
+        on_cpu = self._execution_device.type == "cpu"
+        if self.transformer is not None:
+            if on_cpu:
+                self.transformer.pack_weights()
+            else:
+                self.transformer.compile_steps()
+        if self.vae is not None:
+            if on_cpu:
+                self.vae.enable_slicing()
+            self.vae.fuse_blocks()
 
     @torch.no_grad()
     def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
         """Images (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
 
         PIL images become grey for an RQ-VAE of one channel. Images are not resized: raises `ValueError` where the
-        encoder cannot divide their sides, and `TypeError` for integer pixels.
+        encoder cannot divide their sides, and for pixels outside [0, 1]; `TypeError` for integer pixels.
         """
+        self._require("vae")
         rows, columns = self.vae.pixels_per_code
         mode = "L" if self.vae.config.in_channels == 1 else "RGB"
         images = image if isinstance(image, list) else [image]
@@ -287,8 +301,8 @@ class RQPipeline(DiffusionPipeline):
         if any(width % columns or height % rows for width, height in sizes):
             raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
         for i in images:
-            if not isinstance(i, PIL.Image.Image) and not torch.as_tensor(i).is_floating_point():
-                raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {i.dtype}")
+            if not isinstance(i, PIL.Image.Image):
+                check_unit_range(i)
         pixels = self.image_processor.preprocess(images if sizes else image)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
@@ -300,8 +314,10 @@ class RQPipeline(DiffusionPipeline):
         num_positions: int | None = None,
         output_type: str = "pil",
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Codes `(B, H, W, D)` -> images; with `depth=d` from the first d codes of every position, and with
-        `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
+        """Codes `(B, H, W, D)` -> images (`"pil"`, `"np"` or `"pt"`); with `depth=d` from the first d codes of every
+        position, and with `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
+        self._require("vae")
+        check_output_type(output_type, IMAGE_TYPES)
         sample = self.vae.decode_codes(codes, depth, num_positions).sample
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
 
@@ -309,7 +325,48 @@ class RQPipeline(DiffusionPipeline):
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
+        check_output_type(output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+
+
+def check_output_type(output_type: str, accepted: Sequence[str]) -> None:
+    if output_type not in accepted:
+        raise ValueError(f"output_type must be one of {accepted}, got {output_type!r}")
+
+
+def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:
+    """Raises `TypeError` unless pixels are floating point, and `ValueError` unless they lie in [0, 1]."""
+    if not isinstance(pixels, np.ndarray | torch.Tensor):
+        raise TypeError(f"images must be PIL images, arrays or tensors, or a list of them, got {type(pixels)}")
+    pixels = torch.as_tensor(pixels)
+    if not pixels.is_floating_point():
+        raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {pixels.dtype}")
+    lowest, highest = (float(value) for value in pixels.aminmax())
+    if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
+        raise ValueError(f"arrays and tensors must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
+
+
+def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
+    """Raises `ValueError` unless both have codes of the same shape and, as far as they are in memory, one codebook."""
+    config = vae.config
+    of_vae = (config.depth, config.codebook_size, config.codebook_dim, config.shared_codebook)
+    config = transformer.config
+    of_transformer = (config.code_shape[-1], config.codebook_size, config.codebook_dim, config.shared_codebook)
+    if of_vae != of_transformer:
+        raise ValueError(
+            "vae and transformer must have the same (depth, codebook size, codebook dim, shared codebook), "
+            f"got {of_vae} and {of_transformer}"
+        )
+    codebook, copy = vae.quantizer.codebook.detach(), transformer.codebook
+    if codebook.is_meta or copy.is_meta:
+        return
+    # Either may have been rounded, now or before it was saved: to bfloat16, or to float16 with its steps of 2⁻²⁴.
+    rounding = {"rtol": torch.finfo(torch.bfloat16).eps, "atol": 2**-24}
+    if not torch.allclose(copy.to(codebook.device, torch.float32), codebook.float(), **rounding):
+        raise ValueError(
+            "vae and transformer have different codebooks; if the transformer models the codes of this vae, call "
+            "transformer.set_codebook(vae.quantizer.codebook)"
+        )
 
 
 def take(values, rows: slice):

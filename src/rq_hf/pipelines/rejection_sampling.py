@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import torch
 
+from ..models.argument_checks import check_size
+
 Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
 
 
 def check_candidates(scorer: Scorer | None, num_candidates: int) -> None:
-    """Raises `ValueError` for candidates without a scorer, a scorer without candidates, or less than 1 of them."""
-    if num_candidates < 1:
-        raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
+    """Raises `ValueError`/`TypeError` for candidates without a scorer, the reverse, or no number of at least 1."""
+    check_size("num_candidates", num_candidates)
     if (scorer is None) != (num_candidates == 1):
         raise ValueError(
             "scorer requires num_candidates > 1, and vice versa; got "

@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ..argument_checks import check_share
 from ..presets import load_preset
 
 
@@ -19,8 +20,8 @@ class RQStackConfig(PreTrainedConfig):
         hidden_act (`str`): `"gelu"` or any other activation of transformers.
         attention_bias (`bool`): biases in the attention projections.
         mlp_bias (`bool`): biases in the MLP.
-        attention_dropout (`float`): dropout on the attention weights.
-        hidden_dropout (`float`): dropout on the outputs of attention and MLP.
+        attention_dropout (`float`): dropout on the attention weights, in [0, 1).
+        hidden_dropout (`float`): dropout on the outputs of attention and MLP, in [0, 1).
         layer_norm_eps (`float`): epsilon of the layer norms.
         initializer_range (`float`): standard deviation of the initial weights.
     """
@@ -47,6 +48,8 @@ class RQStackConfig(PreTrainedConfig):
                 f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
+        check_share("attention_dropout", self.attention_dropout)
+        check_share("hidden_dropout", self.hidden_dropout)
         super().__post_init__(**kwargs)
 
 
@@ -67,9 +70,9 @@ class RQTransformerConfig(PreTrainedConfig):
         cumulative_depth_inputs (`bool`): the input of depth d is the projected sum of the codewords before d (the
             paper's section 3.2.2), or, when false, the projected codeword of d − 1 alone.
         shared_classifier (`bool`): one classifier for all depths, or one per depth.
-        embedding_dropout (`float`): dropout on the inputs of the spatial stack.
+        embedding_dropout (`float`): dropout on the inputs of the spatial stack, in [0, 1).
         text_loss_weight (`float`): weight w in loss = w·(next-token loss of the text) + (1 − w)·(loss of the codes);
-            only used when L > 1.
+            in [0, 1); only used when L > 1.
         initializer_range (`float`): standard deviation of the initial embeddings and classifiers.
     """
 
@@ -114,6 +117,8 @@ class RQTransformerConfig(PreTrainedConfig):
             )
         if self.null_cond_id is not None and not 0 <= self.null_cond_id < self.cond_vocab_size:
             raise ValueError(f"null_cond_id must lie in [0, {self.cond_vocab_size}), got {self.null_cond_id}")
+        check_share("embedding_dropout", self.embedding_dropout)
+        check_share("text_loss_weight", self.text_loss_weight)
 
     @classmethod
     def from_preset(cls, name: str) -> "RQTransformerConfig":

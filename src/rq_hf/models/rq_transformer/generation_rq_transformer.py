@@ -4,6 +4,7 @@ Shapes: `B` images, `H W` code grid, `T = H·W` positions in raster order, `D` q
 `L` length of the condition, `E` hidden size.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +14,13 @@ from transformers import GenerationConfig, GenerationMixin
 
 from ..codes import embed_codes
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
-from .generation_settings import GenerationSettings, PerDepth, check_prefix, resolve_batch_size
+from .generation_settings import (
+    GenerationSettings,
+    PerDepth,
+    check_generation_config_file,
+    check_prefix,
+    resolve_batch_size,
+)
 from .key_value_cache import StaticKeyValueCache
 
 
@@ -23,6 +30,16 @@ class RQGenerationMixin(GenerationMixin):
 
     [`GenerationMixin`] is inherited only for its handling of `generation_config`.
     """
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        # transformers treats a generation_config.json that it cannot parse like one that is missing.
+        given = inspect.signature(super().adjust_generation_fn).bind(*args, **kwargs).arguments
+        if given["generation_config"] is None and given["pretrained_model_name_or_path"] is not None:
+            hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+            check_generation_config_file(
+                given["pretrained_model_name_or_path"], **{name: given[name] for name in hub if name in given}
+            )
+        super().adjust_generation_fn(*args, **kwargs)
 
     @apply_forward_hook
     @torch.no_grad()

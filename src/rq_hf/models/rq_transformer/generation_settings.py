@@ -1,12 +1,16 @@
 """The arguments of `generate`: defaults filled in, checked, and brought to one value per depth."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
+from ..argument_checks import check_bool
 from .code_sampling import CodeSampler
 
 PerDepth = float | Sequence[float]
@@ -37,12 +41,16 @@ class GenerationSettings:
         """
         Takes every setting that is `None` in `given` from `generation_config`.
 
-        Raises `ValueError` for a value out of range, or a list that is not one value per depth.
+        Raises `ValueError` for a value out of range, or a list that is not one value per depth; `TypeError` for
+        another `generation_config` or `do_sample` than their types.
         """
+        if not isinstance(generation_config, GenerationConfig):
+            raise TypeError(f"generation_config must be a GenerationConfig of transformers, got {generation_config!r}")
         settings = {}
         for name, default in DEFAULTS.items():
             value = getattr(generation_config, name, None) if given[name] is None else given[name]
             settings[name] = default if value is None else value
+        check_bool("do_sample", settings["do_sample"])
         for name in ("temperature", "top_k", "top_p", "guidance_scale"):
             value = settings[name]
             values = list(value) if isinstance(value, Sequence) else [value] * depth
@@ -54,7 +62,7 @@ class GenerationSettings:
             raise ValueError(
                 f"temperature must be greater than 0, got {settings['temperature']}; do_sample=False is greedy"
             )
-        if not all(k is None or (k >= 1 and k == int(k)) for k in settings["top_k"]):
+        if not all(k is None or (k >= 1 and k == int(k) and not isinstance(k, bool)) for k in settings["top_k"]):
             raise ValueError(f"top_k must be an integer of at least 1, got {settings['top_k']}")
         settings["top_k"] = [codebook_size if k is None else min(int(k), codebook_size) for k in settings["top_k"]]
         if not all(0 < p <= 1 for p in settings["top_p"]):
@@ -90,6 +98,26 @@ class GenerationSettings:
     def code_sampler(self, device: torch.device) -> CodeSampler:
         temperature = torch.tensor(self.temperature, device=device, dtype=torch.float32)
         return CodeSampler(self.do_sample, temperature, self.top_k, self.top_p)
+
+
+def check_generation_config_file(model: str, **hub_arguments) -> None:
+    """Raises `ValueError` when the folder or Hub model has a `generation_config.json` that is not a JSON object."""
+    file = cached_file(
+        model,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub_arguments,
+    )
+    if file is None:
+        return
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, got {content!r}")
 
 
 def resolve_batch_size(

@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..argument_checks import check_bool, check_size
 from ..codes import check_codes
 from ..presets import load_preset
 from .fused_blocks import fuse_blocks
@@ -84,8 +85,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         sample_size (`int`): height and width of the images the model was made for.
 
     Raises:
-        `ValueError`: block types and widths of different number, patches that do not divide a codeword, or invalid
-            arguments of [`ResidualQuantizer`].
+        `ValueError` or `TypeError`: block types and widths of different number, patches that do not divide a
+            codeword, sizes that are no integers of at least 1, or invalid arguments of [`ResidualQuantizer`].
     """
 
     _supports_gradient_checkpointing = True
@@ -119,6 +120,10 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         sample_size: int = 256,
     ):
         super().__init__()
+        check_bool("mid_block_add_attention", mid_block_add_attention)
+        check_size("latent_channels", latent_channels)
+        check_size("codebook_dim", codebook_dim)
+        check_size("sample_size", sample_size)
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
             raise ValueError(
                 "down_block_types, up_block_types and block_out_channels need one entry per level, got "

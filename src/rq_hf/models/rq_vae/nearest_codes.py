@@ -21,6 +21,14 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be greater than 0, got {temperature}")
 
 
+def check_finite(vectors: torch.Tensor) -> None:
+    """Raises `ValueError` for vectors `(N, C)` that are NaN or infinite. Compiled code cannot look at values."""
+    if torch.compiler.is_compiling() or vectors.isfinite().all():
+        return
+    count = len(vectors) - int(vectors.isfinite().all(dim=-1).sum())
+    raise ValueError(f"vectors must be finite, got NaN or infinite values in {count} of {len(vectors)}")
+
+
 def sample_codes(
     residual: torch.Tensor, codebook: torch.Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..argument_checks import check_bool, check_size
 from ..codes import embed_codes
-from .nearest_codes import check_temperature, k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import check_finite, check_temperature, k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
@@ -72,7 +74,10 @@ class ResidualQuantizer(nn.Module):
         quantizer_dropout (`float`): share of the images of a training batch, in [0, 1], quantized to a random
             number of depths, so that a prefix of the codes is decodable; codes, losses and codebook updates are those
             of all depths.
-        epsilon (`float`): Laplace smoothing of the running counts.
+        epsilon (`float`): Laplace smoothing of the running counts, greater than 0.
+
+    Raises:
+        `ValueError` or `TypeError` for arguments out of these ranges or of another type.
     """
 
     no_weight_decay = ("codebook",)  # parameters that weight decay would pull away from their vectors
@@ -90,11 +95,11 @@ class ResidualQuantizer(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        if min(codebook_size, codebook_dim, depth) < 1:
-            raise ValueError(
-                "codebook_size, codebook_dim and depth must be at least 1, "
-                f"got {codebook_size}, {codebook_dim} and {depth}"
-            )
+        check_size("codebook_size", codebook_size)
+        check_size("codebook_dim", codebook_dim)
+        check_size("depth", depth)
+        check_bool("shared_codebook", shared_codebook)
+        check_bool("restart_unused_codes", restart_unused_codes)
         if codebook_update not in ("ema", "gradient"):
             raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
         num_codebooks = 1 if shared_codebook else depth
@@ -105,6 +110,8 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if not 0 <= quantizer_dropout <= 1:
             raise ValueError(f"quantizer_dropout must lie in [0, 1], got {quantizer_dropout}")
+        if not 0 < epsilon < float("inf"):
+            raise ValueError(f"epsilon must be greater than 0 and finite, got {epsilon}")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.depth = depth
@@ -128,11 +135,14 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: torch.Tensor) -> QuantizerOutput:
         """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
 
-        Raises `ValueError` when the last dimension is not C.
+        Raises `ValueError` when the last dimension is not C, and in training mode for vectors that are NaN or
+        infinite, from which a codebook does not recover; `TypeError` for integers.
         """
         self._check_vectors(z)
         with torch.autocast(z.device.type, enabled=False):
             inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
+            if self.training:
+                check_finite(inputs)
             residual = inputs.detach()
             partial_sum = quantized = torch.zeros_like(residual)
             last_depth = self._sample_last_depths(z)  # (N, 1), or None where all depths are summed
@@ -157,6 +167,7 @@ class ResidualQuantizer(nn.Module):
             codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
         )
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode(
         self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
@@ -193,10 +204,12 @@ class ResidualQuantizer(nn.Module):
         """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
         return self.embed(codes).sum(dim=-2)
 
+    @apply_forward_hook
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
         return embed_codes(codes, self.codebook)
 
+    @apply_forward_hook
     @torch.no_grad()
     def get_soft_codes(
         self,
@@ -228,10 +241,11 @@ class ResidualQuantizer(nn.Module):
         Sets the codebook by k-means on vectors `(..., C)`. A codebook per depth: each on the residuals that the
         codebooks before it leave. One shared codebook: first on the vectors, then on the residuals of all depths.
 
-        Raises `ValueError` for fewer vectors than codewords.
+        Raises `ValueError` for fewer vectors than codewords, and for vectors that are NaN or infinite.
         """
         self._check_vectors(vectors)
         vectors = vectors.float().reshape(-1, self.codebook_dim)
+        check_finite(vectors)
         residual = vectors
         for m in range(len(self.codebook)):
             self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
@@ -251,6 +265,8 @@ class ResidualQuantizer(nn.Module):
             raise ValueError(
                 f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
             )
+        if not z.is_floating_point():
+            raise TypeError(f"vectors must be floating point, got {z.dtype}")
 
     def _sample_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
         """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""
