@@ -146,7 +146,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(kind, overrides, return_logits,
     torch.testing.assert_close(out.loss, 0.1 * cond_loss + 0.9 * depth_losses.mean())
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_text_loss_is_weighted(weight):
     model = tiny_transformer("text", text_loss_weight=weight)
     codes, ids = tiny_codes(), tiny_condition("text")
@@ -368,11 +368,17 @@ def test_config_that_contradicts_itself_is_an_error(options, message):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
-@pytest.mark.parametrize("name", ["text_loss_weight", "embedding_dropout", "hidden_dropout", "attention_dropout"])
-def test_shares_outside_their_range_are_errors(name, value):
-    options = {name: value} if name in ("text_loss_weight", "embedding_dropout") else {"depth_config": {name: value}}
+@pytest.mark.parametrize("name", ["embedding_dropout", "hidden_dropout", "attention_dropout"])
+def test_dropout_outside_its_range_is_an_error(name, value):
+    options = {name: value} if name == "embedding_dropout" else {"depth_config": {name: value}}
     with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\), got {value}"):
         RQTransformerConfig(**options)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_text_loss_weight_outside_its_range_is_an_error(value):
+    with pytest.raises(ValueError, match=rf"text_loss_weight must lie in \[0, 1\], got {value}"):
+        RQTransformerConfig(text_loss_weight=value)
 
 
 def test_heads_that_do_not_divide_the_width_are_an_error():

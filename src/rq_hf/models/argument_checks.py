@@ -4,7 +4,7 @@ from numbers import Integral
 
 
 def is_integer(value) -> bool:
-    """Whether `value` is an integer of Python or NumPy; booleans are none."""
+    """Whether `value` is an integer of Python or NumPy; a boolean is not one."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

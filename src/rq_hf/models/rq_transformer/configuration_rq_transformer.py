@@ -72,7 +72,7 @@ class RQTransformerConfig(PreTrainedConfig):
         shared_classifier (`bool`): one classifier for all depths, or one per depth.
         embedding_dropout (`float`): dropout on the inputs of the spatial stack, in [0, 1).
         text_loss_weight (`float`): weight w in loss = w·(next-token loss of the text) + (1 − w)·(loss of the codes);
-            in [0, 1); only used when L > 1.
+            in [0, 1]; only used when L > 1.
         initializer_range (`float`): standard deviation of the initial embeddings and classifiers.
     """
 
@@ -118,7 +118,8 @@ class RQTransformerConfig(PreTrainedConfig):
         if self.null_cond_id is not None and not 0 <= self.null_cond_id < self.cond_vocab_size:
             raise ValueError(f"null_cond_id must lie in [0, {self.cond_vocab_size}), got {self.null_cond_id}")
         check_share("embedding_dropout", self.embedding_dropout)
-        check_share("text_loss_weight", self.text_loss_weight)
+        if not 0 <= self.text_loss_weight <= 1:
+            raise ValueError(f"text_loss_weight must lie in [0, 1], got {self.text_loss_weight}")
 
     @classmethod
     def from_preset(cls, name: str) -> "RQTransformerConfig":
