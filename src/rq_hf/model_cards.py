@@ -2,6 +2,15 @@
 
 from huggingface_hub import ModelCardData
 
+RQVAE_USAGE = """from rq_hf import RQVAEModel
+
+vae = RQVAEModel.from_pretrained(...)
+codes = vae.get_codes(pixels)  # (B, 3, height, width) in [-1, 1] -> (B, H, W, D)
+pixels = vae.decode_codes(codes).sample"""
+PIPELINE_USAGE = """from rq_hf import RQPipeline
+
+pipe = RQPipeline.from_pretrained(...)
+{call}"""
 CARD = """---
 {metadata}
 ---

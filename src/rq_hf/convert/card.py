@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..model_cards import model_card
+from ..model_cards import PIPELINE_USAGE, RQVAE_USAGE, model_card
 from ..models import RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
 from .files import Checkpoint
@@ -26,11 +26,7 @@ def conversion_card(model: RQPipeline | RQVAEModel) -> str:
     if isinstance(model, RQVAEModel):
         tags, task = ["rq-vae", "image-tokenizer"], None
         title = "RQ-VAE"
-        usage = (
-            "from rq_hf import RQVAEModel\n\nvae = RQVAEModel.from_pretrained(...)\n"
-            "codes = vae.get_codes(pixels)  # pixels in [-1, 1] -> (B, H, W, D)\n"
-            "pixels = vae.decode_codes(codes).sample"
-        )
+        usage = RQVAE_USAGE
     else:
         tags, title = ["rq-vae", "rq-transformer"], "RQ-VAE and RQ-Transformer"
         task = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
@@ -39,7 +35,7 @@ def conversion_card(model: RQPipeline | RQVAEModel) -> str:
             call = 'pipe("a painting by Vincent Van Gogh")'
         elif model.is_class_conditional:
             call = "pipe(class_labels=0)"
-        usage = f"from rq_hf import RQPipeline\n\npipe = RQPipeline.from_pretrained(...)\n{call}.images[0]"
+        usage = PIPELINE_USAGE.format(call=f"{call}.images[0]")
     facts = "\n".join(f"* {fact}" for fact in sizes(model))
     return model_card(
         title,

@@ -14,17 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import TrainingStream
-from ..model_cards import model_card
+from ..model_cards import PIPELINE_USAGE, model_card
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
 from .trackers import log_images
-
-USAGE = """from rq_hf import RQPipeline
-
-pipe = RQPipeline.from_pretrained(...)
-{call}.images"""
 
 
 def create_transformer(
@@ -228,7 +223,7 @@ def pipeline_card(model: RQTransformerModel, call: str) -> str:
     height, width, depth = model.config.code_shape
     return model_card(
         f"RQ-Transformer on {height}×{width}×{depth} codes, {model.num_parameters():,} parameters",
-        USAGE.format(call=call),
+        PIPELINE_USAGE.format(call=f"{call}.images"),
         pipeline_tag="text-to-image" if model.config.cond_length > 1 else "unconditional-image-generation",
         tags=["rq-transformer"],
     )

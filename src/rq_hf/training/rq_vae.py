@@ -10,18 +10,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from ..metrics import LPIPS, codebook_usage, count_codes, psnr
-from ..model_cards import model_card
+from ..model_cards import RQVAE_USAGE, model_card
 from ..models import RQVAEModel
 from .adversarial import DiscriminatorTrainer
 from .loop import LossOutput
 from .trackers import log_images
 
 RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
-USAGE = """from rq_hf import RQVAEModel
-
-vae = RQVAEModel.from_pretrained(...)
-codes = vae.get_codes(pixels)  # (B, 3, height, width) in [-1, 1] -> (B, H, W, D)
-pixels = vae.decode_codes(codes).sample"""
 
 
 class RQVAELoss:
@@ -146,4 +141,4 @@ def rqvae_card(model: RQVAEModel) -> str:
     """The model card of a trained RQ-VAE."""
     shape = "×".join(map(str, model.code_shape))
     title = f"RQ-VAE {model.config.sample_size}² → {shape}, {model.config.codebook_size} codewords"
-    return model_card(title, USAGE, tags=["rq-vae", "image-tokenizer"])
+    return model_card(title, RQVAE_USAGE, tags=["rq-vae", "image-tokenizer"])
