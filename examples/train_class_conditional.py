@@ -24,6 +24,7 @@ from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    ValidationArguments,
     check_numbers,
     flat_configuration,
     parse_arguments,
@@ -62,8 +63,13 @@ def count_classes(args: ClassArguments, dataset) -> int:
 
 
 def main() -> None:
-    run, data, args, classes = parse_arguments(
-        RunArguments, TrainingDataArguments, TransformerArguments, ClassArguments, description=__doc__
+    run, data, args, validation, classes = parse_arguments(
+        RunArguments,
+        TrainingDataArguments,
+        TransformerArguments,
+        ValidationArguments,
+        ClassArguments,
+        description=__doc__,
     )
     accelerator = run.create_accelerator()
 
@@ -83,7 +89,9 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
-    collate = args.create_collator(vae, data, label_column=classes.label_column, num_classes=num_classes)
+    conditions = {"label_column": classes.label_column, "num_classes": num_classes}
+    collate = args.create_collator(vae, data, **conditions)
+    held_out = args.load_validation(validation, vae, data, run.train_batch_size, **conditions)
     optimizer = run.create_optimizer(model)
     state_dict = train_pipeline(
         accelerator,
@@ -91,9 +99,10 @@ def main() -> None:
         optimizer,
         run.create_scheduler(optimizer),
         data.create_stream(accelerator, dataset, collate, run),
-        args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
+        args.create_loss(accelerator, vae, model, dataset, collate),
         samples=samples,
-        configuration=flat_configuration(run, data, args, classes),
+        held_out=held_out,
+        configuration=flat_configuration(run, data, args, validation, classes),
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

@@ -21,16 +21,15 @@ constant learning rate after a linear warm-up. LPIPS needs weights: files, or us
 """
 
 import functools
-import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 
 from rq_hf import RQVAEModel
-from rq_hf.data import ImageCollator
+from rq_hf.data import first_batches
 from rq_hf.metrics import LPIPS
 from rq_hf.training import (
     DiscriminatorTrainer,
@@ -38,6 +37,7 @@ from rq_hf.training import (
     RQVAELoss,
     RunArguments,
     TrainingDataArguments,
+    ValidationArguments,
     check_numbers,
     evaluate_reconstructions,
     flat_configuration,
@@ -150,27 +150,6 @@ class LossArguments:
             )
 
 
-@dataclass
-class ValidationArguments:
-    _argument_group_name = "validation"
-
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Split of the same data set for PSNR, LPIPS and codebook usage."}
-    )
-    validation_files: str | None = field(default=None, metadata={"help": "Or files for it, like --data_files."})
-    validation_images: int = field(
-        default=1000, metadata={"help": "Number of them to evaluate, every --image_logging_steps steps."}
-    )
-
-    def __post_init__(self):
-        check_numbers(self, "be at least 1", "validation_images")
-        if self.validation_split and self.validation_files:
-            raise ValueError(
-                "give at most one of --validation_split and --validation_files, "
-                f"got {self.validation_split!r} and {self.validation_files!r}"
-            )
-
-
 def create_model(args: RQVAEArguments) -> RQVAEModel:
     """Raises `ValueError` for a resolution that the levels do not divide."""
     attention = [level in args.attention_levels for level in range(len(args.block_out_channels))]
@@ -221,34 +200,6 @@ def create_discriminator(
     )
 
 
-def first_pixels(dataset, collate: ImageCollator, count: int) -> torch.Tensor:
-    """Pixels `(count, 3, height, width)` of the first images of a data set."""
-    return collate(list(itertools.islice(dataset, count)))["pixels"]
-
-
-def validation_batches(
-    args: ValidationArguments, data: TrainingDataArguments, resolution: int, batch_size: int
-) -> list[torch.Tensor]:
-    """
-    Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options.
-
-    Raises `ValueError` for a split of files, all of which are trained on.
-    """
-    if args.validation_files:
-        data = replace(data, dataset_name=None, data_files=args.validation_files)
-    elif args.validation_split:
-        if data.data_files:
-            raise ValueError(
-                "--validation_split names a split of --dataset_name, "
-                f"got {args.validation_split!r} with --data_files: pass --validation_files"
-            )
-        data = replace(data, split=args.validation_split)
-    else:
-        return []
-    pixels = first_pixels(data.load(), data.create_collator(resolution), args.validation_images)
-    return list(pixels.split(batch_size))
-
-
 def check_distribution(accelerator: Accelerator) -> None:
     """Raises `ValueError` when the model would be sharded."""
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -285,11 +236,19 @@ def main() -> None:
 
     dataset = data.load()
     collate = data.create_collator(args.resolution, random_flip=data.random_flip)
-    held_out = validation_batches(validation, data, args.resolution, run.train_batch_size)
-    shown = held_out[0][:SHOWN_IMAGES] if held_out else first_pixels(dataset, collate, SHOWN_IMAGES)
+
+    def first_pixels(dataset, collate, count):
+        return [batch["pixels"] for batch in first_batches(dataset, collate, count, run.train_batch_size)]
+
+    held_out = []
+    if validation.is_given:
+        validation_data = validation.select_from(data)
+        validation_collate = validation_data.create_collator(args.resolution)
+        held_out = first_pixels(validation_data.load(), validation_collate, validation.validation_images)
+    shown = torch.cat(held_out or first_pixels(dataset, collate, SHOWN_IMAGES))[:SHOWN_IMAGES]
     if args.codebook_init == "k-means":
         pixels = first_pixels(dataset, collate, args.codebook_init_images)
-        initialize_codebook(model.to(accelerator.device), pixels.split(run.train_batch_size))
+        initialize_codebook(model.to(accelerator.device), pixels)
 
     optimizer = run.create_optimizer(model)
     train(

@@ -35,6 +35,7 @@ from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    ValidationArguments,
     check_numbers,
     flat_configuration,
     parse_arguments,
@@ -96,8 +97,13 @@ def prepare_tokenizer(
 
 
 def main() -> None:
-    run, data, args, text = parse_arguments(
-        RunArguments, TrainingDataArguments, TransformerArguments, TextArguments, description=__doc__
+    run, data, args, validation, text = parse_arguments(
+        RunArguments,
+        TrainingDataArguments,
+        TransformerArguments,
+        ValidationArguments,
+        TextArguments,
+        description=__doc__,
     )
     if args.transformer is not None and text.tokenizer is None:
         raise ValueError("--transformer needs the --tokenizer that it was trained with")
@@ -117,6 +123,9 @@ def main() -> None:
 
     tokenize = with_bpe_dropout(tokenizer, text.bpe_dropout)
     collate = args.create_collator(vae, data, text_column=text.text_column, tokenizer=tokenize)
+    held_out = args.load_validation(
+        validation, vae, data, run.train_batch_size, text_column=text.text_column, tokenizer=tokenizer
+    )
     optimizer = run.create_optimizer(model)
     state_dict = train_pipeline(
         accelerator,
@@ -124,9 +133,10 @@ def main() -> None:
         optimizer,
         run.create_scheduler(optimizer),
         data.create_stream(accelerator, dataset, collate, run),
-        args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
+        args.create_loss(accelerator, vae, model, dataset, collate),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
-        configuration=flat_configuration(run, data, args, text),
+        held_out=held_out,
+        configuration=flat_configuration(run, data, args, validation, text),
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

@@ -1,4 +1,4 @@
-from .collators import ImageCollator, LatentCollator, caption_of, decode_image, label_of
+from .collators import ImageCollator, LatentCollator, caption_of, decode_image, first_batches, label_of
 from .latents import (
     bytes_to_latents,
     describe_latents,
@@ -19,6 +19,7 @@ __all__ = [
     "caption_of",
     "decode_image",
     "describe_latents",
+    "first_batches",
     "label_of",
     "latents_shape",
     "latents_to_bytes",

@@ -5,7 +5,9 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 `counts["truncated_captions"]` exist where they can occur.
 """
 
+import itertools
 import operator
+from collections.abc import Callable, Iterator
 
 import datasets
 import torch
@@ -150,6 +152,20 @@ class LatentCollator:
             examples, self.text_column, self.tokenizer, self.label_column, self.num_classes
         )
         return {"latents": latents, **conditions, "counts": {"images": len(examples), **counts}}
+
+
+def first_batches(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    collate: Callable[[list[dict]], dict],
+    count: int,
+    batch_size: int,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The first `count` examples of a data set, in its order, as batches without their counts."""
+    examples = itertools.islice(dataset, count)
+    while chunk := list(itertools.islice(examples, batch_size)):
+        batch = collate(chunk)
+        if batch.pop("counts")["images"]:
+            yield batch
 
 
 def encode_conditions(

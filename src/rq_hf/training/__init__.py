@@ -4,6 +4,7 @@ from .arguments import (
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
+    ValidationArguments,
     check_numbers,
     flat_configuration,
     parse_arguments,
@@ -20,6 +21,7 @@ from .rq_transformer import (
     train_pipeline,
 )
 from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, rqvae_card
+from .soft_labels import choose_soft_label_temperature, effective_codewords
 from .trackers import JSONLinesTracker, log_images
 
 __all__ = [
@@ -36,12 +38,15 @@ __all__ = [
     "TrainingDataArguments",
     "TrainingHook",
     "TransformerArguments",
+    "ValidationArguments",
     "check_launch",
     "check_numbers",
+    "choose_soft_label_temperature",
     "create_accelerator",
     "create_optimizer",
     "create_scheduler",
     "create_transformer",
+    "effective_codewords",
     "evaluate_reconstructions",
     "flat_configuration",
     "initialize_codebook",

@@ -6,8 +6,7 @@ methods hand the values on to functions that know nothing of a command line.
 import math
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import datasets
 import torch
@@ -17,12 +16,21 @@ from huggingface_hub.utils import validate_repo_id
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser
 
-from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
+from ..data import (
+    ImageCollator,
+    LatentCollator,
+    TrainingStream,
+    first_batches,
+    latents_shape,
+    load_image_dataset,
+    load_latents,
+)
 from ..data.loading import BUILDERS
 from ..models import RQTransformerModel, RQVAEModel
 from .checkpoints import Checkpoints
 from .loop import create_accelerator, create_optimizer, create_scheduler
-from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
+from .rq_transformer import RQTransformerLoss, create_transformer, encode_batch, load_transformer
+from .soft_labels import EFFECTIVE_CODEWORDS, choose_soft_label_temperature, describe_soft_labels
 
 RANGES = {
     "be at least 0": lambda number: number >= 0,
@@ -31,6 +39,9 @@ RANGES = {
     "be greater than 0": lambda number: number > 0,
     "lie in [0, 1)": lambda number: 0 <= number < 1,
 }
+
+
+SOFT_LABEL_IMAGES = 256  # that τ is chosen on
 
 
 def check_numbers(arguments, requirement: str, *names: str) -> None:
@@ -257,6 +268,46 @@ class TrainingDataArguments(DatasetArguments):
 
 
 @dataclass
+class ValidationArguments:
+    _argument_group_name = "validation"
+
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Split of the same data set for validation metrics."}
+    )
+    validation_files: str | None = field(
+        default=None, metadata={"help": "Or files for it, like --data_files; a folder, like --latents."}
+    )
+    validation_images: int = field(
+        default=1000, metadata={"help": "Number of them to evaluate, every --image_logging_steps steps."}
+    )
+
+    def __post_init__(self):
+        check_numbers(self, "be at least 1", "validation_images")
+        if self.validation_split and self.validation_files:
+            raise ValueError(
+                "give at most one of --validation_split and --validation_files, "
+                f"got {self.validation_split!r} and {self.validation_files!r}"
+            )
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.validation_split or self.validation_files)
+
+    def select_from(self, data: TrainingDataArguments) -> TrainingDataArguments:
+        """`data` with the validation images instead, never flipped. Raises `ValueError` for a split of files, all of
+        which are trained on."""
+        data = replace(data, random_flip=False)
+        if self.validation_files:
+            return replace(data, dataset_name=None, data_files=self.validation_files)
+        if data.data_files:
+            raise ValueError(
+                "--validation_split names a split of --dataset_name, "
+                f"got {self.validation_split!r} with --data_files: pass --validation_files"
+            )
+        return replace(data, split=self.validation_split)
+
+
+@dataclass
 class TransformerArguments:
     _argument_group_name = "transformer"
 
@@ -288,8 +339,12 @@ class TransformerArguments:
             "choices": ["hard", "soft"],
         },
     )
-    soft_label_temperature: float = field(
-        default=0.5, metadata={"help": "τ of the soft labels softmax(−‖r − e(k)‖²/τ)."}
+    soft_label_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "τ of the soft labels softmax(−‖r − e(k)‖²/τ) (default: that of --transformer or, for a new one, "
+            f"the τ at which they spread over {EFFECTIVE_CODEWORDS} codewords on the first images; the paper has 0.5)."
+        },
     )
     stochastic_codes: bool = field(
         default=True,
@@ -320,6 +375,29 @@ class TransformerArguments:
                 raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
         return load_latents(self.latents, vae, data.streaming, required_columns)
 
+    def load_validation(
+        self,
+        validation: ValidationArguments,
+        vae: RQVAEModel,
+        data: TrainingDataArguments,
+        batch_size: int,
+        **conditions,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Batches of the validation images or latents, none without such options; `conditions` as in
+        [`create_collator`]. Raises `ValueError` like [`load_dataset`] and [`ValidationArguments.select_from`]."""
+        if not validation.is_given:
+            return []
+        if self.latents is None:
+            source, data = self, validation.select_from(data)
+        elif validation.validation_files:
+            source = replace(self, latents=validation.validation_files)
+        else:
+            raise ValueError("--validation_split applies to images: with --latents, pass --validation_files FOLDER")
+        columns = (conditions.get("text_column"), conditions.get("label_column"))
+        dataset = source.load_dataset(vae, data, tuple(filter(None, columns)))
+        collate = source.create_collator(vae, data, **conditions)
+        return list(first_batches(dataset, collate, validation.validation_images, batch_size))
+
     def create_collator(
         self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
     ) -> ImageCollator | LatentCollator:
@@ -347,15 +425,34 @@ class TransformerArguments:
         return model
 
     def create_loss(
-        self, vae: RQVAEModel, null_cond_id: int | None, autocast: Callable[[], AbstractContextManager]
+        self,
+        accelerator: Accelerator,
+        vae: RQVAEModel,
+        model: RQTransformerModel,
+        dataset: datasets.Dataset | datasets.IterableDataset,
+        collate: Callable[[list[dict]], dict],
     ) -> RQTransformerLoss:
+        """The loss; with soft labels of a τ that is given, that of a trained model, or chosen on the first examples
+        of the data set, and kept in the model's configuration."""
+        temperature = None
+        if self.labels == "soft":
+            batches = first_batches(dataset, collate, SOFT_LABEL_IMAGES, batch_size=32)
+            vectors = torch.cat([encode_batch(vae, batch) for batch in batches])
+            if self.soft_label_temperature is not None:
+                temperature = self.soft_label_temperature
+            elif self.transformer is not None:
+                temperature = model.config.soft_label_temperature
+            else:
+                temperature = choose_soft_label_temperature(vae.quantizer, vectors)
+            accelerator.print(describe_soft_labels(vae.quantizer, vectors, temperature))
+            model.config.soft_label_temperature = temperature
         return RQTransformerLoss(
             vae,
-            null_cond_id=null_cond_id,
-            soft_label_temperature=self.soft_label_temperature if self.labels == "soft" else None,
+            null_cond_id=model.config.null_cond_id,
+            soft_label_temperature=temperature,
             stochastic_codes=self.stochastic_codes,
             cond_dropout=self.cond_dropout,
-            autocast=autocast,
+            autocast=accelerator.autocast,
         )
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
+from .soft_labels import effective_codewords
 from .trackers import log_images
 
 
@@ -115,11 +117,8 @@ class RQTransformerLoss:
 
     def __call__(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> LossOutput:
         temperature = self.soft_label_temperature
-        with torch.no_grad(), self.autocast():
-            if "latents" in batch:
-                vectors = batch["latents"]  # (B, H, W, C)
-            else:
-                vectors = self.vae.encode_to_vectors(batch["pixels"])
+        with self.autocast():
+            vectors = encode_batch(self.vae, batch)
             codes, residuals = self.vae.quantizer.encode(vectors, temperature if self.stochastic_codes else None)
         if temperature is None:
             targets = {"labels": codes}
@@ -127,9 +126,13 @@ class RQTransformerLoss:
             targets = {"residuals": residuals, "soft_label_temperature": temperature}
         with self.autocast():
             output = model(codes, self.drop_conditions(batch.get("cond_ids")), **targets, return_logits=False)
-        metrics = {f"loss_depth_{d}": loss for d, loss in enumerate(output.depth_losses, start=1)}
+        metrics = per_depth("loss", output.depth_losses)
         if output.cond_loss is not None:
             metrics["loss_text"] = output.cond_loss
+        if temperature is not None:  # of the first image, which is enough for a mean over many steps
+            metrics |= per_depth(
+                "effective_codewords", effective_codewords(self.vae.quantizer, residuals[0], temperature)
+            )
         return LossOutput(output.loss, metrics)
 
     def drop_conditions(self, cond_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -138,6 +141,44 @@ class RQTransformerLoss:
             return cond_ids
         dropped = torch.rand(len(cond_ids), 1, device=cond_ids.device) < self.cond_dropout
         return cond_ids.masked_fill(dropped, self.null_cond_id)
+
+
+@torch.no_grad()
+def encode_batch(vae: RQVAEModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The vectors `(B, H, W, C)` of a batch: its `latents`, or those of its `pixels`."""
+    if "latents" in batch:
+        return batch["latents"].to(vae.device)
+    return vae.encode_to_vectors(batch["pixels"].to(vae.device))
+
+
+def per_depth(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Values `(D,)` as metrics `{name}_depth_1` and so on."""
+    return {f"{name}_depth_{d}": value for d, value in enumerate(values, start=1)}
+
+
+@torch.no_grad()
+def validation_losses(
+    compute_loss: RQTransformerLoss, model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """
+    Cross-entropy of the nearest codes of held-out batches, as `validation/loss` and for every depth.
+
+    The labels are hard and no condition is dropped, whatever the training does: the values of runs with other soft
+    labels compare.
+    """
+    compute_loss = RQTransformerLoss(
+        compute_loss.vae, soft_label_temperature=None, cond_dropout=0.0, autocast=compute_loss.autocast
+    )
+    device = compute_loss.vae.device
+    totals, images = Counter(), 0
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        output = compute_loss(model, batch)
+        count = len(next(iter(batch.values())))
+        images += count
+        for name, value in ({"loss": output.loss} | output.metrics).items():
+            totals[f"validation/{name}"] += value.item() * count
+    return {name: total / images for name, total in totals.items()}
 
 
 class ShardedGeneration(TrainingHook):
@@ -157,13 +198,15 @@ def train_pipeline(
     compute_loss: RQTransformerLoss,
     *,
     samples: dict | None = None,
+    held_out: Sequence[dict[str, torch.Tensor]] = (),
     **options,
 ) -> dict[str, torch.Tensor]:
     """
-    [`train`] for the transformer of `pipeline`, which logs samples of the pipeline.
+    [`train`] for the transformer of `pipeline`, which logs samples of the pipeline and losses on held-out images.
 
     Args:
         samples: the pipeline's arguments for the samples; `None` for no samples.
+        held_out: batches like those of the stream, for [`validation_losses`].
         options: further arguments of [`train`].
     """
     pipeline.set_progress_bar_config(disable=True)
@@ -175,10 +218,24 @@ def train_pipeline(
         stream,
         compute_loss,
         hooks=[ShardedGeneration()],
-        evaluate=None if samples is None else functools.partial(log_samples, accelerator, pipeline, samples),
+        evaluate=functools.partial(evaluate_pipeline, accelerator, pipeline, compute_loss, samples, held_out),
         units_per_image={"codes": math.prod(pipeline.transformer.config.code_shape)},
         **options,
     )
+
+
+def evaluate_pipeline(
+    accelerator: Accelerator,
+    pipeline: RQPipeline,
+    compute_loss: RQTransformerLoss,
+    samples: dict | None,
+    held_out: Sequence[dict[str, torch.Tensor]],
+    step: int,
+) -> dict[str, float]:
+    """[`log_samples`] and [`validation_losses`], each if there is something to do it with."""
+    if samples is not None:
+        log_samples(accelerator, pipeline, samples, step)
+    return validation_losses(compute_loss, pipeline.transformer, held_out) if held_out else {}
 
 
 def log_samples(accelerator: Accelerator, pipeline: RQPipeline, arguments: dict, step: int) -> None:

@@ -73,6 +73,8 @@ class RQTransformerConfig(PreTrainedConfig):
         embedding_dropout (`float`): dropout on the inputs of the spatial stack, in [0, 1).
         text_loss_weight (`float`): weight w in loss = w·(next-token loss of the text) + (1 − w)·(loss of the codes);
             in [0, 1]; only used when L > 1.
+        soft_label_temperature (`float`): τ > 0 of the soft labels that the model learns from, in units of squared
+            distance; the paper's 0.5 suits the paper's codebooks.
         initializer_range (`float`): standard deviation of the initial embeddings and classifiers.
     """
 
@@ -93,6 +95,7 @@ class RQTransformerConfig(PreTrainedConfig):
     shared_classifier: bool = True
     embedding_dropout: float = 0.0
     text_loss_weight: float = 0.1
+    soft_label_temperature: float = 0.5
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
@@ -120,6 +123,8 @@ class RQTransformerConfig(PreTrainedConfig):
         check_share("embedding_dropout", self.embedding_dropout)
         if not 0 <= self.text_loss_weight <= 1:
             raise ValueError(f"text_loss_weight must lie in [0, 1], got {self.text_loss_weight}")
+        if not self.soft_label_temperature > 0:
+            raise ValueError(f"soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
 
     @classmethod
     def from_preset(cls, name: str) -> "RQTransformerConfig":
