@@ -3,8 +3,8 @@ import torch
 from huggingface_hub import ModelCard
 from tiny import CONDITIONS, C, D, K, same_state, tiny_pixels, tiny_transformer, tiny_vae
 
-from rq_hf.training import RQTransformerLoss, create_transformer, load_transformer
-from rq_hf.training.rq_transformer import pipeline_card
+from rq_hf.training import RQTransformerLoss, create_transformer, effective_codewords, load_transformer
+from rq_hf.training.rq_transformer import pipeline_card, validation_losses
 
 GRID = 4
 
@@ -117,6 +117,14 @@ class TestRQTransformerLoss:
         depth_losses = [output.metrics[f"loss_depth_{d}"] for d in range(1, D + 1)]
         torch.testing.assert_close(torch.stack(depth_losses), expected.depth_losses)
 
+    def test_soft_labels_report_their_effective_codewords(self, vae, model, latents):
+        output = RQTransformerLoss(vae, soft_label_temperature=0.3, stochastic_codes=False)(
+            model, {"latents": latents}
+        )
+        expected = effective_codewords(vae.quantizer, vae.quantizer.encode(latents[0]).residuals, 0.3)
+        actual = [output.metrics[f"effective_codewords_depth_{d}"] for d in range(1, D + 1)]
+        torch.testing.assert_close(torch.stack(actual), expected)
+
     def test_drops_about_the_given_share_of_conditions(self, vae):
         cond_ids = torch.arange(2000)[:, None].expand(-1, 3) % 4
         dropped = RQTransformerLoss(vae, null_cond_id=4, cond_dropout=0.25).drop_conditions(cond_ids)
@@ -127,6 +135,22 @@ class TestRQTransformerLoss:
     def test_without_a_null_condition_drops_none(self, vae):
         cond_ids = torch.zeros(100, 1, dtype=torch.long)
         assert torch.equal(RQTransformerLoss(vae, cond_dropout=0.9).drop_conditions(cond_ids), cond_ids)
+
+
+@pytest.mark.parametrize("split", [8, 5, 1])
+def test_validation_losses_are_those_of_the_nearest_codes_and_all_conditions(split):
+    vae = tiny_vae(sample_size=2 * GRID)
+    transformer = tiny_transformer("class", code_shape=(GRID, GRID, D)).eval()
+    transformer.set_codebook(vae.quantizer.codebook)
+    pixels, cond_ids = tiny_pixels(8, 2 * GRID, 2 * GRID), torch.arange(8)[:, None] % 4
+    training_loss = RQTransformerLoss(vae, null_cond_id=4, soft_label_temperature=0.5, cond_dropout=0.9)
+    batches = [{"pixels": p, "cond_ids": c} for p, c in zip(pixels.split(split), cond_ids.split(split))]
+    actual = validation_losses(training_loss, transformer, batches)
+    codes = vae.get_codes(pixels)
+    expected = transformer(codes, cond_ids, labels=codes)
+    assert actual["validation/loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    depth_losses = [actual[f"validation/loss_depth_{d}"] for d in range(1, D + 1)]
+    torch.testing.assert_close(torch.tensor(depth_losses), expected.depth_losses)
 
 
 @pytest.mark.parametrize("kind, tag", [("text", "text-to-image"), ("class", "unconditional-image-generation")])
