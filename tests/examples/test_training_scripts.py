@@ -1,4 +1,5 @@
 import json
+import math
 import signal
 
 import datasets
@@ -256,6 +257,20 @@ def test_validation_logs_quality_and_codebook_usage(command, shape_files, tmp_pa
     for d in range(1, DEPTH + 1):
         assert 0 < validated[6][f"validation/usage_depth_{d}"] <= 1
         assert 1 <= validated[6][f"validation/perplexity_depth_{d}"] <= 16
+
+
+def test_stage_2_validates_and_keeps_the_temperature_that_it_chose(command, shape_files, tmp_path):
+    outcome = finish(TEXT, command(TEXT, tmp_path / "run", "--validation_files", shape_files))
+    log = logged(tmp_path / "run")
+    held_out = [line for line in log if "validation/loss" in line]
+    assert [line["step"] for line in held_out] == [3, 6]
+    for line in held_out:
+        depths = [line[f"validation/loss_depth_{d}"] for d in range(1, DEPTH + 1)]
+        assert 0 < min(depths) and max(depths) < 2 * math.log(16)
+    config = json.loads((tmp_path / "run" / "pipeline" / "transformer" / "config.json").read_text())
+    assert f"soft labels of temperature {config['soft_label_temperature']} have" in outcome.output
+    effective = [line["effective_codewords_depth_2"] for line in log if "effective_codewords_depth_2" in line]
+    assert len(effective) == STEPS and 1 < min(effective) and max(effective) < 8
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,20 @@
+import json
 import math
+import sys
 
 import pytest
 from tiny import tiny_vae
 from torch import nn
 
 from rq_hf.data import ImageCollator, LatentCollator
-from rq_hf.training import RunArguments, TrainingDataArguments, TransformerArguments
+from rq_hf.training import (
+    RunArguments,
+    TrainingDataArguments,
+    TransformerArguments,
+    ValidationArguments,
+    parse_arguments,
+)
+from rq_hf.training.arguments import PRESETS
 
 
 class TestRunArguments:
@@ -97,3 +106,40 @@ class TestLatentsOption:
         assert isinstance(collate, ImageCollator)
         assert (collate.image_column, collate.resolution, collate.label_column) == ("img", 8, "label")
         assert (collate.random_flip, collate.center_crop) == (True, False)
+
+
+class TestPresets:
+    @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
+    def test_gives_defaults_that_options_override(self, path, monkeypatch):
+        for stage, own in ((1, {}), (2, {"rqvae": "somewhere"})):
+            expected = json.loads(path.read_text())[f"stage {stage}"]
+            given = [item for name, value in own.items() for item in (f"--{name}", value)]
+            command = ["script", "--preset", path.stem, "--output_dir", "runs", "--learning_rate", "0.25", *given]
+            monkeypatch.setattr(sys, "argv", command)
+            classes = (TransformerArguments,) if stage == 2 else ()
+            run, *others = parse_arguments(RunArguments, *classes, description="", stage=stage, weight_decay=0.125)
+            values = vars(run) | {name: value for arguments in others for name, value in vars(arguments).items()}
+            assert values.pop("learning_rate") == 0.25
+            shared = expected.keys() & values.keys()
+            assert {"max_train_steps", "train_batch_size"} <= shared
+            assert {name: values[name] for name in shared} == {name: expected[name] for name in shared}
+
+    def test_refuses_an_unknown_one(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["script", "--preset", "large", "--output_dir", "runs"])
+        with pytest.raises(SystemExit):
+            parse_arguments(RunArguments, description="", stage=1)
+        assert "invalid choice: 'large'" in capsys.readouterr().err
+
+
+class TestValidationArguments:
+    def test_selects_a_split_or_files_that_are_never_flipped(self):
+        data = TrainingDataArguments(dataset_name="user/images", random_flip=True)
+        split = ValidationArguments(validation_split="test").select_from(data)
+        assert (split.dataset_name, split.split, split.random_flip) == ("user/images", "test", False)
+        files = ValidationArguments(validation_files="held_out.parquet").select_from(data)
+        assert (files.dataset_name, files.data_files, files.random_flip) == (None, "held_out.parquet", False)
+
+    def test_refuses_a_split_of_latents(self):
+        args = TransformerArguments("vae", latents="latents")
+        with pytest.raises(ValueError, match="with --latents, pass --validation_files FOLDER"):
+            args.load_validation(ValidationArguments(validation_split="test"), tiny_vae(), TrainingDataArguments(), 8)

@@ -3,10 +3,12 @@ The command line of the training scripts. Only here and in the scripts' `main` a
 methods hand the values on to functions that know nothing of a command line.
 """
 
+import json
 import math
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 
 import datasets
 import torch
@@ -31,6 +33,8 @@ from .checkpoints import Checkpoints
 from .loop import create_accelerator, create_optimizer, create_scheduler
 from .rq_transformer import RQTransformerLoss, create_transformer, encode_batch, load_transformer
 from .soft_labels import EFFECTIVE_CODEWORDS, choose_soft_label_temperature, describe_soft_labels
+
+PRESETS = Path(__file__).parent / "presets"
 
 RANGES = {
     "be at least 0": lambda number: number >= 0,
@@ -78,6 +82,13 @@ class RunArguments:
     _argument_group_name = "run and optimization"
 
     output_dir: str = field(metadata={"help": "Folder for checkpoints, logs and the finished model."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Defaults for a small data set, see docs/small-data.md; options given as well override them.",
+            "choices": sorted(path.stem for path in PRESETS.glob("*.json")),
+        },
+    )
     max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
@@ -475,12 +486,17 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if is_uninformative else super()._get_help_string(action)
 
 
-def parse_arguments(*argument_classes: type, description: str, **defaults) -> tuple:
-    """Command line -> one object per class, with a script's own `defaults`. The help is a manual page: the
-    description, then the options by group."""
+def parse_arguments(*argument_classes: type, description: str, stage: int | None = None, **defaults) -> tuple:
+    """Command line -> one object per class, with the `defaults` of a script; one that trains stage 1 or 2 takes those
+    of a preset. The help is a manual page: the description, then the options by group."""
     usage = "%(prog)s --output_dir FOLDER [options]"
     parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=HelpFormatter)
     parser.set_defaults(**defaults)
+    chooser = ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--preset")
+    path = PRESETS / f"{chooser.parse_known_args()[0].preset}.json"
+    if path.exists():
+        parser.set_defaults(**json.loads(path.read_text())[f"stage {stage}"])
     return parser.parse_args_into_dataclasses()
 
 
