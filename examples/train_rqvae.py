@@ -217,7 +217,7 @@ def main() -> None:
         LossArguments,
         ValidationArguments,
         description=__doc__,
-        stage=1,
+        sections=("rqvae",),
         learning_rate=4e-5,
         lr_scheduler="constant",
         adam_beta1=0.5,

@@ -1,8 +1,11 @@
 import json
 import math
+import runpy
 import sys
+from dataclasses import fields
 
 import pytest
+from scripts import RQVAE, TEXT
 from tiny import tiny_vae
 from torch import nn
 
@@ -111,23 +114,31 @@ class TestLatentsOption:
 class TestPresets:
     @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
     def test_gives_defaults_that_options_override(self, path, monkeypatch):
-        for stage, own in ((1, {}), (2, {"rqvae": "somewhere"})):
-            expected = json.loads(path.read_text())[f"stage {stage}"]
-            given = [item for name, value in own.items() for item in (f"--{name}", value)]
-            command = ["script", "--preset", path.stem, "--output_dir", "runs", "--learning_rate", "0.25", *given]
-            monkeypatch.setattr(sys, "argv", command)
-            classes = (TransformerArguments,) if stage == 2 else ()
-            run, *others = parse_arguments(RunArguments, *classes, description="", stage=stage, weight_decay=0.125)
-            values = vars(run) | {name: value for arguments in others for name, value in vars(arguments).items()}
-            assert values.pop("learning_rate") == 0.25
-            shared = expected.keys() & values.keys()
-            assert {"max_train_steps", "train_batch_size"} <= shared
-            assert {name: values[name] for name in shared} == {name: expected[name] for name in shared}
+        expected = json.loads(path.read_text())["transformer"]
+        command = ["--preset", path.stem, "--rqvae", "somewhere", "--output_dir", "runs", "--learning_rate", "0.25"]
+        monkeypatch.setattr(sys, "argv", ["script", *command])
+        run, args = parse_arguments(
+            RunArguments, TransformerArguments, description="", sections=("transformer",), hidden_size=1
+        )
+        values = vars(run) | vars(args)
+        assert {name: values[name] for name in expected} == expected | {"learning_rate": 0.25}
+
+    @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
+    def test_has_options_of_the_scripts_only(self, path):
+        preset, rqvae, text = json.loads(path.read_text()), runpy.run_path(RQVAE), runpy.run_path(TEXT)
+        scripts = {
+            "rqvae": (RunArguments, rqvae["RQVAEArguments"], rqvae["LossArguments"]),
+            "transformer": (RunArguments, TransformerArguments),
+            "text": (text["TextArguments"],),
+        }
+        assert preset.keys() == scripts.keys()
+        for section, classes in scripts.items():
+            assert preset[section].keys() <= {option.name for arguments in classes for option in fields(arguments)}
 
     def test_refuses_an_unknown_one(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["script", "--preset", "large", "--output_dir", "runs"])
         with pytest.raises(SystemExit):
-            parse_arguments(RunArguments, description="", stage=1)
+            parse_arguments(RunArguments, description="")
         assert "invalid choice: 'large'" in capsys.readouterr().err
 
 

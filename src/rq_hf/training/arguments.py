@@ -486,9 +486,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if is_uninformative else super()._get_help_string(action)
 
 
-def parse_arguments(*argument_classes: type, description: str, stage: int | None = None, **defaults) -> tuple:
-    """Command line -> one object per class, with the `defaults` of a script; one that trains stage 1 or 2 takes those
-    of a preset. The help is a manual page: the description, then the options by group."""
+def parse_arguments(*argument_classes: type, description: str, sections: tuple[str, ...] = (), **defaults) -> tuple:
+    """Command line -> one object per class, with the `defaults` of a script, or those in its `sections` of a preset.
+    The help is a manual page: the description, then the options by group."""
     usage = "%(prog)s --output_dir FOLDER [options]"
     parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=HelpFormatter)
     parser.set_defaults(**defaults)
@@ -496,7 +496,9 @@ def parse_arguments(*argument_classes: type, description: str, stage: int | None
     chooser.add_argument("--preset")
     path = PRESETS / f"{chooser.parse_known_args()[0].preset}.json"
     if path.exists():
-        parser.set_defaults(**json.loads(path.read_text())[f"stage {stage}"])
+        preset = json.loads(path.read_text())
+        for section in sections:
+            parser.set_defaults(**preset[section])
     return parser.parse_args_into_dataclasses()
 
 
