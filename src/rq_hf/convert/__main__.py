@@ -4,6 +4,7 @@ Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -50,10 +51,14 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="folder with vocab.json and merges.txt of a text model"
     )
+    arguments = vars(parser.parse_intermixed_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(summary(*convert_checkpoints(**vars(parser.parse_intermixed_args()))))
+        print(summary(*convert_checkpoints(**arguments)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
+from ..untrusted_files import one_line
 from .card import conversion_card
 from .configs import RQTRANSFORMER, RQVAE, Section, generation_config, rqtransformer_config, rqvae_config
-from .files import Checkpoint, extract_archive, find_checkpoints, one_line, single_checkpoint
+from .files import Checkpoint, extract_archive, find_checkpoints, single_checkpoint
 from .tokenizer import convert_tokenizer
 from .weights import Parts, concatenate, rqtransformer_weights, rqvae_weights
 
 MAX_SHARD_SIZE = "2GB"
-# Raised by options of the wrong type or value, here or in the configuration or model that they are passed to:
-# RuntimeError for negative sizes, StrictDataclassError by the configurations of transformers.
-OPTION_ERRORS = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, StrictDataclassError)
+UNFINISHED = ".rq_hf-"  # starts the names of folders in which a conversion works
 
 
 def convert_original_checkpoint(
@@ -68,14 +67,9 @@ def convert_checkpoints(
     source, destination, rqvae, rqtransformer, ema, tokenizer
 ) -> tuple[RQPipeline | RQVAEModel, list[Checkpoint], Path | None]:
     """[`convert_original_checkpoint`], which also returns the checkpoints read and the resolved destination."""
-    destination = None if destination is None else Path(destination).resolve()
-    if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} is not empty; name a new folder")
-    # On the disk of the destination, because the finished folder is renamed to it; archives are unpacked here, too.
-    # `files.atomic_folder` would create missing parents before the conversion, and keep an empty destination.
-    beside = None if destination is None else next(parent for parent in destination.parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=".rq_hf-", dir=beside, ignore_cleanup_errors=True) as scratch:
-        checkpoints = gather_checkpoints(source, rqvae, rqtransformer, Path(scratch, "archive"))
+    destination = None if destination is None else Path(os.path.realpath(destination))
+    with working_folder(destination) as scratch:
+        checkpoints = gather_checkpoints(source, rqvae, rqtransformer, scratch / "archive")
         stage1, stage2 = checkpoints[RQVAE], checkpoints.get(RQTRANSFORMER)
         vae = convert_rqvae(stage1, ema=ema and stage2 is None)
         if stage2 is not None:
@@ -89,15 +83,53 @@ def convert_checkpoints(
             model, weights = vae, None
 
         if destination is not None:
-            finished = Path(scratch, "finished")
-            save(model, weights, finished)
-            (finished / "README.md").write_text(conversion_card(model), encoding="utf-8")
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(finished, destination)
+            try:
+                save(model, weights, scratch / "finished")
+            except SafetensorError as error:
+                raise OSError(f"{destination} cannot be written: {one_line(error)}") from error
+            (scratch / "finished" / "README.md").write_text(conversion_card(model), encoding="utf-8")
+            move_contents(scratch / "finished", destination)
             model = type(model).from_pretrained(destination)
         elif stage2 is not None:
             transformer.load_state_dict({name: concatenate(parts) for name, parts in weights.items()}, assign=True)
     return model, list(checkpoints.values()), destination
+
+
+@contextmanager
+def working_folder(destination: Path | None) -> Iterator[Path]:
+    """A folder on the disk of `destination`, for what is unpacked and written before it is complete.
+
+    It lies in `destination` if that exists: a mount point cannot be replaced, and the folder around it may belong to
+    someone else. Otherwise it lies beside, and a `destination` that was not there appears only when it is complete.
+
+    Raises `FileExistsError` for a destination with contents, also those of a conversion that was killed.
+    """
+    if destination is None:
+        place, prefix = None, UNFINISHED
+    else:
+        place = next(path for path in (destination, *destination.parents) if path.exists())
+        prefix = UNFINISHED if place == destination else f"{UNFINISHED}{destination.name[:100]}-"
+        if not place.is_dir():
+            raise FileExistsError(f"{place} is a file; name a new or empty folder")
+        left = [path.name for path in place.iterdir() if path.name.startswith(prefix)]
+        if left:
+            raise FileExistsError(
+                f"{place / left[0]} belongs to another conversion to {destination}; if none is running, remove it"
+            )
+        if place == destination and {path.name for path in place.iterdir()} - {"lost+found"}:
+            raise FileExistsError(f"{destination} is not empty; name a new folder")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+
+
+def move_contents(finished: Path, destination: Path) -> None:
+    """Makes `finished` the contents of `destination`. The file that `from_pretrained` looks for comes last."""
+    if not destination.exists():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(finished, destination)
+        return
+    for path in sorted(finished.iterdir(), key=lambda path: (path.name in ("model_index.json", "config.json"), path)):
+        os.rename(path, destination / path.name)
 
 
 def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, Checkpoint]:
@@ -130,7 +162,7 @@ def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, 
 
 def convert_rqvae(checkpoint: Checkpoint, ema: bool) -> RQVAEModel:
     state_dict = checkpoint.load(ema)
-    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
+    with error_context(checkpoint.label), torch.device("meta"):
         vae = RQVAEModel(**rqvae_config(checkpoint.config))
     with error_context(checkpoint.label):
         weights = rqvae_weights(state_dict, vae)
@@ -144,7 +176,7 @@ def convert_rqtransformer(
 ) -> tuple[RQTransformerModel, dict[str, Parts]]:
     """The model on the meta device and its weights."""
     state_dict = checkpoint.load(ema)
-    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
+    with error_context(checkpoint.label), torch.device("meta"):
         config = rqtransformer_config(checkpoint.config, shared_codebook=vae.config.shared_codebook)
         transformer = RQTransformerModel(config)
         transformer.generation_config = generation_config(checkpoint.config)
@@ -163,8 +195,8 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
     length = transformer.config.cond_length
     if length == 1:
         raise ValueError(f"{checkpoint.label} is not a text model; remove tokenizer {folder}")
-    with error_context(checkpoint.label, *OPTION_ERRORS):
-        return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name"))
+    with error_context(checkpoint.label):
+        return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name", None))
 
 
 def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:
@@ -207,11 +239,9 @@ def single_file_weights(checkpoint: dict[str, torch.Tensor], config: dict) -> di
 
 
 @contextmanager
-def error_context(label: str, *option_errors: type[Exception]) -> Iterator[None]:
-    """Turns a `ValueError`, and `option_errors` from invalid options, into a one-line `ValueError` with `label`."""
+def error_context(label: str) -> Iterator[None]:
+    """Turns a `ValueError` into a one-line `ValueError` with `label`."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {one_line(error)}") from error
-    except option_errors as error:
-        raise ValueError(f"{label}: config.yaml does not describe a valid model: {one_line(error)}") from error

@@ -5,6 +5,8 @@ from pathlib import Path
 from tokenizers.implementations import CharBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ..untrusted_files import one_line
+
 # `dataset.txt_tok_name` -> prefix of the file names
 FILE_PREFIXES = {"bpe16k_huggingface": "bpe-16k-", "bpe30k_huggingface": "bpe-30k-"}
 
@@ -38,7 +40,9 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
     try:
         tokenizer = CharBPETokenizer.from_file(str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(f"{vocabularies[0]} and {merges[0]} do not form a valid tokenizer: {error}") from error
+        raise ValueError(
+            f"{vocabularies[0]} and {merges[0]} do not form a valid tokenizer: {one_line(error)}"
+        ) from error
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer,
         unk_token="[UNK]",
