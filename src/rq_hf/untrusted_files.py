@@ -96,7 +96,7 @@ def check_zip_entries(path: str | Path) -> None:
                 raise zipfile.BadZipFile(f"{entry.filename} is compressed, torch.save stores entries as they are")
             if entry.filename.endswith("/data.pkl") and entry.file_size > MAX_PICKLE_SIZE:
                 raise zipfile.BadZipFile(f"{entry.filename} is larger than {MAX_PICKLE_SIZE:,} bytes")
-            if entry.filename.endswith("/byteorder") and archive.read(entry) != sys.byteorder.encode():
+            if entry.filename.endswith("/byteorder") and archive.open(entry).read(10) != sys.byteorder.encode():
                 raise zipfile.BadZipFile(
                     f"its byte order is not {sys.byteorder}; save it again on a machine like this"
                 )
@@ -135,8 +135,7 @@ def read_yaml(path: str | Path, label: str) -> dict:
     try:
         options = yaml.load(Path(path).read_text(encoding="utf-8"), PlainLoader)
     except Exception as error:  # the constructors of PyYAML raise anything for a value that is not of its tag
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{label} is not plain YAML: {shown(first_line)}") from error
+        raise ValueError(f"{label} is not plain YAML: {shown(one_line(error))}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{label} must hold named options, got {type(options).__name__}")
     return options

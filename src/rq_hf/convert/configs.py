@@ -136,15 +136,6 @@ def rqvae_config(config: Section) -> dict:
     """
     arch = config.section("arch")
     hparams, ddconfig = arch.section("hparams"), arch.section("ddconfig")
-    for section, option, default, accepted in (
-        (hparams, "bottleneck_type", "rq", "rq"),
-        (ddconfig, "double_z", True, False),
-        (ddconfig, "resamp_with_conv", True, True),
-        (ddconfig, "give_pre_end", False, False),
-    ):
-        if section.get(option, default) != accepted:
-            section.refuse(option, section.get(option, default), f"it must be {str(accepted).lower()}")
-
     latent_shape, code_shape = hparams.shape("latent_shape"), hparams.code_shape("code_shape")
     latent_rows, latent_columns, latent_dim = latent_shape
     code_rows, code_columns, depth = code_shape
@@ -157,16 +148,22 @@ def rqvae_config(config: Section) -> dict:
     if hparams.integer("embed_dim") != latent_dim:
         hparams.refuse("embed_dim", hparams.get("embed_dim"), f"it must be that of latent_shape {latent_shape}")
 
-    width, multiples, resolution = (
-        ddconfig.integer("ch"),
-        ddconfig.integers("ch_mult", [1, 2, 4, 8]),
-        ddconfig.integer("resolution"),
-    )
+    for section, option, default, accepted in (
+        (hparams, "bottleneck_type", "rq", "rq"),
+        (ddconfig, "double_z", True, False),
+        (ddconfig, "resamp_with_conv", True, True),
+        (ddconfig, "give_pre_end", False, False),
+    ):
+        if section.get(option, default) != accepted:
+            section.refuse(option, section.get(option, default), f"it must be {str(accepted).lower()}")
+
+    width, multiples = ddconfig.integer("ch"), ddconfig.integers("ch_mult", [1, 2, 4, 8])
     if multiples[:1] != [1]:
         ddconfig.refuse("ch_mult", multiples, "it must start with 1")
     if width % 32 or width * max(multiples) > MAX_SIZE:
         ddconfig.refuse("ch", width, f"it must be a multiple of 32, and with ch_mult at most {MAX_SIZE:,}")
     levels, attention = len(multiples), ddconfig.integers("attn_resolutions")
+    resolution = ddconfig.integer("resolution")
     coarsest = resolution >> (levels - 1)
     if coarsest == 0:
         ddconfig.refuse("resolution", resolution, f"it is too small for the {levels} levels of ch_mult")

@@ -196,7 +196,11 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
     if length == 1:
         raise ValueError(f"{checkpoint.label} is not a text model; remove tokenizer {folder}")
     with error_context(checkpoint.label):
-        return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name", None))
+        dataset = checkpoint.config.section("dataset")
+        name = dataset.get("txt_tok_name", None)
+        if not isinstance(name, str | None):
+            dataset.refuse("txt_tok_name", name, "it must be a name")
+        return convert_tokenizer(folder, length, name)
 
 
 def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers.implementations import CharBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from ..untrusted_files import one_line
+from ..untrusted_files import check_contents_are_there, one_line
 
 # `dataset.txt_tok_name` -> prefix of the file names
 FILE_PREFIXES = {"bpe16k_huggingface": "bpe-16k-", "bpe30k_huggingface": "bpe-30k-"}
@@ -37,6 +37,8 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
             f"{folder} must hold one vocab.json and one merges.txt{f' named {prefix}…' if prefix else ''}, "
             f"got {sorted(file.name for file in folder.glob('*'))}"
         )
+    for file in (vocabularies[0], merges[0]):
+        check_contents_are_there(file, str(file))
     try:
         tokenizer = CharBPETokenizer.from_file(str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True)
     except Exception as error:  # tokenizers raises bare exceptions
