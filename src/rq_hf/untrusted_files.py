@@ -116,18 +116,18 @@ def read_state_dict(path: str | Path) -> dict:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Without aliases: a few hundred bytes of them can stand for billions of values."""
+    """Without merge keys: a few hundred bytes of them copy billions of values. Aliases only name the same value."""
 
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it repeats values by an alias (*{self.peek_event().anchor}); write them out")
-        return super().compose_node(parent, index)
+    def flatten_mapping(self, node):
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("it merges values by <<; write them out")
+        super().flatten_mapping(node)
 
 
 def read_yaml(path: str | Path, label: str) -> dict:
-    """The named options in a YAML file without aliases, of at most 100 kB.
+    """The named options in a YAML file of at most 100 kB. Values by an alias are the same object, maybe in a circle.
 
-    Raises `ValueError`, which calls the file `label`, for any other file.
+    Raises `ValueError`, which calls the file `label`, for any other file and for merge keys (`<<`).
     """
     check_contents_are_there(path, label)
     if os.path.getsize(path) > MAX_YAML_SIZE:

@@ -189,6 +189,13 @@ def test_compressed_checkpoint(tmp_path, load):
 @loaders
 def test_aliases_in_the_configuration(tmp_path, load):
     rqvae = write_rqvae(tmp_path)
+    config = yaml.safe_load(RQVAE_CONFIG)
+    config["arch"]["ddconfig"]["ch_mult"] = config["arch"]["ddconfig"]["attn_resolutions"] = [1, 1]
+    config["dataset"] = config["arch"]
+    rqvae.with_name("config.yaml").write_text(yaml.safe_dump(config))
+    assert "*id001" in rqvae.with_name("config.yaml").read_text()
+    with pytest.raises(ValueError, match="encoder.down.1.attn.0"):
+        load(rqvae)
     rqvae.with_name("config.yaml").write_text("arch: &arch {type: rq-vae, hparams: *arch}")
-    with pytest.raises(ValueError, match="config.yaml is not plain YAML: it repeats values by an alias"):
+    with pytest.raises(ValueError, match="config.yaml lacks arch.hparams.latent_shape"):
         load(rqvae)
