@@ -162,6 +162,7 @@ def test_killed_conversion_is_named_by_the_next(tmp_path, monkeypatch, exists):
         os.kill(os.getpid(), signal.SIGKILL)
 
     write_both(tmp_path / "church")
+    rqvae = tmp_path / "church" / "stage1" / "model.pt"
     destination = tmp_path / "models" / "church"
     (destination if exists else destination.parent).mkdir(parents=True)
     child = os.fork()
@@ -172,7 +173,9 @@ def test_killed_conversion_is_named_by_the_next(tmp_path, monkeypatch, exists):
     (left,) = (destination if exists else destination.parent).iterdir()
     with pytest.raises(FileExistsError, match=f"{re.escape(str(left))} belongs to another conversion .* remove it"):
         convert_original_checkpoint(tmp_path / "church", destination)
-    convert_original_checkpoint(tmp_path / "church", destination.with_name("other"))
+    for other in ("other", "chur"):
+        convert_original_checkpoint(rqvae=rqvae, destination=destination.with_name(other))
+    left.with_name(left.name.replace("church", "church-1")).mkdir(exist_ok=exists)  # of a conversion to church-1
     shutil.rmtree(left)
     convert_original_checkpoint(tmp_path / "church", destination)
     assert same_state(RQPipeline.from_pretrained(destination).vae, shared_rqvae())

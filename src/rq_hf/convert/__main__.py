@@ -22,11 +22,13 @@ files:
   SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
                     stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
   DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and a model card,
-                    README.md; for an RQ-VAE alone, its config.json and weights. It appears only when it is complete.
+                    README.md; for an RQ-VAE alone, its config.json and weights. A new folder appears only when it is
+                    complete. An existing one must be empty; what is unfinished lies in .rq_hf-... there.
   --tokenizer       one *vocab.json and one *merges.txt; or the authors' folder with several pairs, one of which
                     config.yaml names
 
-Disk: an archive is unpacked beside DESTINATION and removed afterwards. Memory: at most the checkpoint plus 2 GB.
+Disk: an archive is unpacked in DESTINATION, or beside it if it is new, and removed afterwards.
+Memory: at most the checkpoint plus 2 GB. Every weight and checksum is looked at once before anything is written.
 Only tensors are read from .pt files. No code in them is executed, and archives cannot write outside their folder.
 
 The released weights are under CC BY-NC-SA 4.0: no commercial use.

@@ -44,7 +44,7 @@ def convert_original_checkpoint(
         source (`str` or `Path`, *optional*): their tar archive, or a folder that contains the two stages at any depth,
             each a `.pt` file beside its `config.yaml`, or the RQ-VAE alone.
         destination (`str` or `Path`, *optional*): new or empty folder to write to, for `from_pretrained`, with a model
-            card. It appears only when it is complete.
+            card. A new folder appears only when it is complete; an empty one may be a mount point.
         rqvae, rqtransformer (`str` or `Path`, *optional*): the `.pt` file of a stage, with its `config.yaml` beside
             it, instead of `source` or for a stage that `source` lacks.
         ema (`bool`): use `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or
@@ -55,9 +55,10 @@ def convert_original_checkpoint(
         The [`RQPipeline`], or the [`RQVAEModel`] if there is no second stage.
 
     Raises:
-        `FileNotFoundError` for a missing path; `FileExistsError` for a destination that is not empty; `ValueError`
-        for broken files, stages that do not fit each other, and unsupported options: learned token embeddings,
-        codebooks of unequal size, a `ch_mult` that does not start with 1.
+        `FileNotFoundError` for a missing path; `FileExistsError` for a destination that is a file, not empty, or that
+        another conversion works on, even a killed one; `OSError` for a full disk; `ValueError` for broken files,
+        weights that are not finite floating-point numbers, stages that do not fit each other, and unsupported
+        options: learned token embeddings, codebooks of unequal size, a `ch_mult` that does not start with 1.
     """
     model, _, _ = convert_checkpoints(source, destination, rqvae, rqtransformer, ema, tokenizer)
     return model
@@ -111,11 +112,11 @@ def working_folder(destination: Path | None) -> Iterator[Path]:
         prefix = UNFINISHED if place == destination else f"{UNFINISHED}{destination.name[:100]}-"
         if not place.is_dir():
             raise FileExistsError(f"{place} is a file; name a new or empty folder")
-        left = [path.name for path in place.iterdir() if path.name.startswith(prefix)]
-        if left:
-            raise FileExistsError(
-                f"{place / left[0]} belongs to another conversion to {destination}; if none is running, remove it"
-            )
+        for path in place.iterdir():  # `tempfile` ends names by letters, digits and underscores
+            if path.name.startswith(prefix) and "-" not in path.name.removeprefix(prefix):
+                raise FileExistsError(
+                    f"{path} belongs to another conversion to {destination}; if none is running, remove it"
+                )
         if place == destination and {path.name for path in place.iterdir()} - {"lost+found"}:
             raise FileExistsError(f"{destination} is not empty; name a new folder")
     with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as scratch:
@@ -232,6 +233,8 @@ def save_transformer(transformer: RQTransformerModel, weights: dict[str, Parts],
 
 def single_file_config(original_config: dict, checkpoint: dict) -> dict:
     """For `RQVAEModel.from_single_file(..., original_config="config.yaml")`."""
+    if not isinstance(original_config, dict):
+        raise ValueError(f"original_config must hold named options, got {type(original_config).__name__}")
     return rqvae_config(Section(original_config))
 
 

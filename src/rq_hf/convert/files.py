@@ -125,7 +125,7 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 pass
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {one_line(error)}") from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, ValueError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise ValueError(f"{archive} is a truncated or invalid tar archive: {one_line(error)}") from error
 
 

@@ -188,16 +188,16 @@ def check_kinds(original: dict[str, torch.Tensor]) -> None:
 
 
 def check_values(weights: dict[str, torch.Tensor]) -> None:
-    for name, weight in weights.items():
-        lowest, highest = weight.detach().aminmax()  # NaN if there is one
-        if not (lowest.float().isfinite() and highest.float().isfinite()):
-            raise ValueError(f"{name} has values that are NaN or infinite in float32")
     # A few bytes of a file can be the memory of any number of weights, and of weights of any size.
     storages = [weight.untyped_storage() for weight in weights.values()]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     needed = sum(weight.nbytes for weight in weights.values())
     if needed > held:
         raise ValueError(f"weights share memory: they would need {needed:,} bytes and have {held:,}")
+    for name, weight in weights.items():
+        lowest, highest = weight.detach().aminmax()  # NaN if there is one
+        if not (lowest.float().isfinite() and highest.float().isfinite()):
+            raise ValueError(f"{name} has values that are NaN or infinite in float32")
 
 
 def concatenate(parts: Parts) -> torch.Tensor:

@@ -190,7 +190,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         source, original_config = pretrained_model_link_or_path_or_dict, kwargs.get("original_config")
         if kwargs.get("original_config") is None and kwargs.get("config") is None:
             raise ValueError("from_single_file needs original_config, the config.yaml of the checkpoint, or config")
-        # diffusers would neither check files before it maps them, nor limit what YAML stands for.
+        # diffusers maps files as they are, also what is compressed or damaged, and limits YAML in nothing.
         if isinstance(original_config, str | os.PathLike) and os.path.isfile(original_config):
             kwargs["original_config"] = read_yaml(original_config, str(original_config))
         if isinstance(source, str | os.PathLike) and os.path.isfile(source):
