@@ -9,7 +9,7 @@ from tiny import same_state
 from rq_hf import convert_original_checkpoint
 
 
-@pytest.mark.parametrize("length", [0, 1, 100, 5000, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("length", [1, 100, 5000, 0.5, 0.9, 0.99])
 def test_truncated_archive(tmp_path, length):
     write_both(tmp_path / "church")
     archive = pack(tmp_path / "church", tmp_path / "church.tar.gz")
@@ -42,6 +42,19 @@ def test_damaged_archive(tmp_path):
 def test_something_else_than_an_archive(tmp_path, content):
     (tmp_path / "church.tar.gz").write_bytes(content)
     assert_refused(tmp_path, "church.tar.gz is a truncated or invalid tar archive", source=tmp_path / "church.tar.gz")
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+    ],
+)
+def test_what_is_there_instead_of_an_archive(tmp_path, content, match):
+    (tmp_path / "church.tar.gz").write_bytes(content)
+    assert_refused(tmp_path, f"church.tar.gz {match}", source=tmp_path / "church.tar.gz")
 
 
 def test_archive_without_checkpoints(tmp_path):
@@ -90,3 +103,21 @@ def test_archive_with_absolute_names_stays_inside(tmp_path):
             tar.addfile(info, path.open("rb"))
     assert same_state(convert_original_checkpoint(tmp_path / "church.tar"), shared_rqvae())
     assert not outside.exists()
+
+
+def test_archive_of_too_many_folders(tmp_path):
+    # Python cannot search a folder that is so deep, and cannot remove it.
+    config = b"arch: {type: rq-vae}"
+    with tarfile.open(tmp_path / "church.tar", "w") as tar:
+        info = member("a/" * 2000 + "config.yaml")
+        info.size = len(config)
+        tar.addfile(info, io.BytesIO(config))
+    assert_refused(tmp_path, r"church.tar is .* a/a/.* lies in more than 20 folders", source=tmp_path / "church.tar")
+
+
+def test_archive_larger_than_the_disk(tmp_path):
+    info = member("church/model.pt")
+    info.size = 2**60
+    (tmp_path / "church.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096))
+    match = "church/model.pt unpacks to 1,152,921,504,606,846,976 bytes, but the disk has"
+    assert_refused(tmp_path, match, OSError, source=tmp_path / "church.tar")

@@ -1,10 +1,23 @@
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
-from original_checkpoints import pack, run_main, shared_rqtransformer, shared_rqvae, write_both, write_rqvae
+import torch
+import yaml
+from original_checkpoints import (
+    RQVAE_CONFIG,
+    pack,
+    run_main,
+    shared_rqtransformer,
+    shared_rqvae,
+    write,
+    write_both,
+    write_rqvae,
+)
 from tiny import same_state
 
 from rq_hf import RQPipeline
@@ -86,3 +99,42 @@ def test_command_line_usage(monkeypatch, capsys, arguments):
         run_main(monkeypatch, *arguments)
     assert exit.value.code == 2
     assert capsys.readouterr().err.startswith("usage: python -m rq_hf.convert [SOURCE] DESTINATION")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_command_line_is_interrupted(tmp_path, monkeypatch, number):
+    write_both(tmp_path / "church")
+    # Of safetensors; the RQ-VAE is written by then.
+    monkeypatch.setattr("rq_hf.convert.conversion.save_file", lambda *_, **__: signal.raise_signal(number))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        run_main(monkeypatch, tmp_path / "church", tmp_path / "model")
+    assert exit.value.code == "error: interrupted"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in tmp_path.iterdir()] == ["church"]
+
+
+def test_names_reach_the_terminal_without_control_characters(tmp_path, monkeypatch, capsys):
+    evil = "\x1b]0;evil\x07\n\x9b31m"
+    folder = tmp_path / "church"
+    write_rqvae(folder, options={evil: 1, f"arch.{evil}": 1}, **{evil: 1})
+    (folder / "stage1").rename(folder / evil)
+    archive = pack(folder, tmp_path / "church.tar")
+    run_main(monkeypatch, archive, tmp_path / "model")
+    messages = [capsys.readouterr().out]
+    assert messages[0].count(r"\x1b]0;evil\x07\n\x9b31m") == 6  # two stages in three lines, and three names
+    for state_dict in (1, {evil: 1}, {evil: torch.ones(1)}):
+        shutil.rmtree(folder)
+        write(folder, yaml.safe_load(RQVAE_CONFIG), state_dict, **{evil: 1})
+        with pytest.raises(SystemExit) as exit:
+            run_main(monkeypatch, folder, tmp_path / "other")
+        messages.append(exit.value.code)
+    shutil.rmtree(folder)
+    for options in ({"arch.ddconfig.dropout": evil}, {"arch.type": evil}, {"arch": evil}):
+        write_rqvae(folder / evil, options=options)
+        with pytest.raises(SystemExit) as exit:
+            run_main(monkeypatch, pack(folder, tmp_path / "church.tar"), tmp_path / "other")
+        messages.append(exit.value.code)
+        shutil.rmtree(folder)
+    assert len(messages) == 7
+    assert all(line.isprintable() for message in messages for line in message.splitlines())

@@ -1,4 +1,10 @@
 import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
 import tempfile
 
 import pytest
@@ -108,19 +114,90 @@ def test_destination_with_content_is_left_alone(tmp_path, content):
         destination.mkdir()
     written = destination / "precious" if content == "a folder" else destination
     written.write_text("precious")
-    with pytest.raises(FileExistsError, match="model is not empty"):
+    match = "model is not empty" if content == "a folder" else "model is a file"
+    with pytest.raises(FileExistsError, match=match):
         convert_original_checkpoint(tmp_path / "church", destination)
     assert written.read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {"church", "model"}
 
 
-def test_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+def test_existing_folder_stays_the_same_folder(tmp_path):
+    # It may be a mount point, which cannot be replaced, or lie in a folder that belongs to someone else.
+    write_both(tmp_path / "church")
+    destination = tmp_path / "model"
+    (destination / "lost+found").mkdir(parents=True)  # as in a new ext4 volume
+    before = destination.stat().st_ino
+    convert_original_checkpoint(tmp_path / "church", destination)
+    assert destination.stat().st_ino == before
+    assert same_state(RQPipeline.from_pretrained(destination).vae, shared_rqvae())
+    names = {"README.md", "lost+found", "model_index.json", "transformer", "vae"}
+    assert {path.name for path in destination.iterdir()} == names
+    assert {path.name for path in tmp_path.iterdir()} == {"church", "model"}
+
+
+def test_destination_may_be_a_mount_point(tmp_path):
+    write_both(tmp_path / "church")
+    destination = tmp_path / "model"
+    destination.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", destination], capture_output=True).returncode:
+        pytest.skip("mounts are not permitted")
+    try:
+        convert_original_checkpoint(tmp_path / "church", destination)
+        assert same_state(RQPipeline.from_pretrained(destination).vae, shared_rqvae())
+    finally:
+        subprocess.run(["umount", "--lazy", destination], check=True)
+
+
+def test_failure_leaves_an_existing_folder_empty(tmp_path):
+    write_rqvae(tmp_path / "church", options={"arch.ddconfig.dropout": 1})
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="dropout"):
+        convert_original_checkpoint(tmp_path / "church", tmp_path / "model")
+    assert not list((tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_killed_conversion_is_named_by_the_next(tmp_path, monkeypatch, exists):
+    def kill(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
 
     write_both(tmp_path / "church")
-    monkeypatch.setattr("rq_hf.convert.conversion.save_file", full)  # of safetensors; the RQ-VAE is written by then
-    assert_refused(tmp_path, "No space left", OSError, source=tmp_path / "church")
+    rqvae = tmp_path / "church" / "stage1" / "model.pt"
+    destination = tmp_path / "models" / "church"
+    (destination if exists else destination.parent).mkdir(parents=True)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr("rq_hf.convert.conversion.save_file", kill)  # of safetensors
+        convert_original_checkpoint(tmp_path / "church", destination)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = (destination if exists else destination.parent).iterdir()
+    with pytest.raises(FileExistsError, match=f"{re.escape(str(left))} belongs to another conversion .* remove it"):
+        convert_original_checkpoint(tmp_path / "church", destination)
+    for other in ("other", "chur"):
+        convert_original_checkpoint(rqvae=rqvae, destination=destination.with_name(other))
+    left.with_name(left.name.replace("church", "church-1")).mkdir(exist_ok=exists)  # of a conversion to church-1
+    shutil.rmtree(left)
+    convert_original_checkpoint(tmp_path / "church", destination)
+    assert same_state(RQPipeline.from_pretrained(destination).vae, shared_rqvae())
+
+
+def test_destination_below_a_file(tmp_path):
+    write_rqvae(tmp_path / "church")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(FileExistsError, match="file is a file; name a new or empty folder"):
+        convert_original_checkpoint(tmp_path / "church", tmp_path / "file" / "model")
+
+
+@pytest.mark.parametrize("write", [write_rqvae, write_both])
+@pytest.mark.parametrize("limit", [1_000, 100_000])
+def test_full_disk_leaves_nothing_behind(tmp_path, write, limit):
+    write(tmp_path / "church")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # of each file
+        assert_refused(tmp_path, "(File too large|I/O error)", OSError, source=tmp_path / "church")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_unpacked_archive_is_removed_without_a_destination(tmp_path, monkeypatch):

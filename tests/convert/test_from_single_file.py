@@ -42,6 +42,11 @@ def test_single_file_that_does_not_fit(tmp_path, weights, options, match):
         RQVAEModel.from_single_file(str(rqvae), original_config=str(rqvae.with_name("config.yaml")))
 
 
+def test_single_file_with_something_else_for_a_configuration():
+    with pytest.raises(ValueError, match="original_config must hold named options, got list"):
+        RQVAEModel.from_single_file(original_rqvae(random_rqvae()), original_config=["arch"])
+
+
 def test_single_file_without_configuration(tmp_path):
     with pytest.raises(ValueError, match="original_config"):
         RQVAEModel.from_single_file(str(write_rqvae(tmp_path)))

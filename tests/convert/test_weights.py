@@ -1,4 +1,6 @@
+import math
 import re
+import zipfile
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from original_checkpoints import (
 )
 from tiny import same_state
 
-from rq_hf import convert_original_checkpoint
+from rq_hf import RQVAEModel, convert_original_checkpoint
 
 
 def test_moving_average_is_that_of_the_last_stage(tmp_path):
@@ -106,3 +108,96 @@ def test_shapes_that_fit_only_together(tmp_path):
     write_rqvae(tmp_path)
     write_rqtransformer(tmp_path, weights=weights)
     assert_refused(tmp_path, f"{name}.query.weight", source=tmp_path)
+
+
+NAME = "quant_conv.bias"  # of C numbers
+ONES = torch.ones(C)
+FLAWS = {
+    "complex": (NAME, ONES * 1j, "must be a dense tensor of float16, bfloat16, float32, float64, got complex64"),
+    "bool": (NAME, ONES.bool(), "must be a dense tensor .* got bool"),
+    "int8": (NAME, ONES.to(torch.int8), "must be a dense tensor .* got int8"),
+    "quantized": (NAME, torch.quantize_per_tensor(ONES, 0.1, 0, torch.quint8), "must be a dense tensor .* got quint8"),
+    "meta": (NAME, ONES.to("meta"), "must be a dense tensor .* got float32 without values"),
+    "sparse": (NAME, ONES.to_sparse(), "must be a dense tensor"),
+    "None": (NAME, None, "must be a tensor, got NoneType"),
+    "number": (NAME, 3, "must be a tensor, got int"),
+    "list": (NAME, [ONES], "must be a tensor, got list"),
+    "NaN": (NAME, ONES / 0 * 0, "has values that are NaN or infinite"),
+    "infinite": (NAME, -ONES / 0, "has values that are NaN or infinite"),
+    "infinite in half precision": (NAME, ONES.half() / 0, "has values that are NaN or infinite"),
+    "too large for float32": (NAME, ONES.double() * 1e300, "has values that are NaN or infinite in float32"),
+    "not used": ("quantizer.codebooks.1.weight", torch.zeros(K + 1, C, dtype=torch.int8), "must be a dense tensor"),
+}
+
+
+def convert_file(rqvae):
+    return convert_original_checkpoint(rqvae=rqvae)
+
+
+def load_single_file(rqvae):
+    return RQVAEModel.from_single_file(rqvae, original_config=rqvae.with_name("config.yaml"))
+
+
+loaders = pytest.mark.parametrize("load", [convert_file, load_single_file])
+
+
+@loaders
+@pytest.mark.parametrize("name, weight, match", FLAWS.values(), ids=FLAWS)
+@pytest.mark.filterwarnings("ignore:torch.quantize")
+def test_weight_that_cannot_be_converted(tmp_path, load, name, weight, match):
+    rqvae = write_rqvae(tmp_path, weights={name: weight})
+    with pytest.raises(ValueError, match=f"{re.escape(name)} {match}"):
+        load(rqvae)
+
+
+@loaders
+def test_negative_cluster_sizes(tmp_path, load):
+    sizes = original_rqvae(shared_rqvae())["quantizer.codebooks.0.cluster_size_ema"].clone()
+    sizes[3] = -0.1
+    rqvae = write_rqvae(tmp_path, weights={f"quantizer.codebooks.{d}.cluster_size_ema": sizes for d in range(3)})
+    with pytest.raises(ValueError, match="cluster_size_ema must not be negative"):
+        load(rqvae)
+
+
+@loaders
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions(tmp_path, load, dtype):
+    weights = {name: weight.to(dtype) for name, weight in original_rqvae(shared_rqvae()).items()}
+    actual = load(write_rqvae(tmp_path, weights=weights)).state_dict()
+    assert all(torch.equal(actual[name], w.to(dtype).float()) for name, w in shared_rqvae().state_dict().items())
+
+
+@loaders
+def test_few_bytes_for_many_weights(tmp_path, load):
+    zero = torch.zeros(1)
+    weights = {name: zero.expand(weight.shape) for name, weight in original_rqvae(shared_rqvae()).items()}
+    zero[0] = math.nan  # looking at all values of an absurd size would take too long
+    with pytest.raises(ValueError, match="weights share memory: they would need .* bytes and have 4"):
+        load(write_rqvae(tmp_path, weights=weights))
+
+
+@loaders
+def test_compressed_checkpoint(tmp_path, load):
+    rqvae = write_rqvae(tmp_path)
+    with zipfile.ZipFile(rqvae) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(rqvae, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="model.pt is a truncated or invalid PyTorch checkpoint: .*compressed"):
+        load(rqvae)
+
+
+@loaders
+def test_aliases_in_the_configuration(tmp_path, load):
+    rqvae = write_rqvae(tmp_path)
+    config = yaml.safe_load(RQVAE_CONFIG)
+    config["arch"]["ddconfig"]["ch_mult"] = config["arch"]["ddconfig"]["attn_resolutions"] = [1, 1]
+    config["dataset"] = config["arch"]
+    rqvae.with_name("config.yaml").write_text(yaml.safe_dump(config))
+    assert "*id001" in rqvae.with_name("config.yaml").read_text()
+    with pytest.raises(ValueError, match="encoder.down.1.attn.0"):
+        load(rqvae)
+    rqvae.with_name("config.yaml").write_text("arch: &arch {type: rq-vae, hparams: *arch}")
+    with pytest.raises(ValueError, match="config.yaml lacks arch.hparams.latent_shape"):
+        load(rqvae)

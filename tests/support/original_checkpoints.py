@@ -131,8 +131,10 @@ def config_with(text, options):
 
 @torch.no_grad()
 def randomized(model):
-    for weight in model.state_dict().values():  # also norms and biases, which start as ones and zeros
+    for name, weight in model.state_dict().items():  # also norms and biases, which start as ones and zeros
         weight.normal_(std=0.3, generator=GENERATOR)
+        if name == "quantizer.cluster_size":
+            weight.abs_()
     return model.eval()
 
 

@@ -4,6 +4,7 @@ Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -21,11 +22,13 @@ files:
   SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
                     stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
   DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and a model card,
-                    README.md; for an RQ-VAE alone, its config.json and weights. It appears only when it is complete.
+                    README.md; for an RQ-VAE alone, its config.json and weights. A new folder appears only when it is
+                    complete. An existing one must be empty; what is unfinished lies in .rq_hf-... there.
   --tokenizer       one *vocab.json and one *merges.txt; or the authors' folder with several pairs, one of which
                     config.yaml names
 
-Disk: an archive is unpacked beside DESTINATION and removed afterwards. Memory: at most the checkpoint plus 2 GB.
+Disk: an archive is unpacked in DESTINATION, or beside it if it is new, and removed afterwards.
+Memory: at most the checkpoint plus 2 GB. Every weight and checksum is looked at once before anything is written.
 Only tensors are read from .pt files. No code in them is executed, and archives cannot write outside their folder.
 
 The released weights are under CC BY-NC-SA 4.0: no commercial use.
@@ -50,10 +53,16 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="folder with vocab.json and merges.txt of a text model"
     )
+    arguments = vars(parser.parse_intermixed_args())
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(summary(*convert_checkpoints(**vars(parser.parse_intermixed_args()))))
+        print(summary(*convert_checkpoints(**arguments)))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -4,76 +4,150 @@ Two layouts exist: that of their repository (`dataset.vocab_size`, `experiment.s
 (`arch.vocab_size`, `sampling`). Missing options take the defaults of their code.
 """
 
+import math
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NoReturn
 
-import yaml
 from transformers import GenerationConfig
 
 from ..models import RQTransformerConfig
+from ..models.argument_checks import is_integer
+from ..untrusted_files import shown
 
 RQVAE, RQTRANSFORMER = "rq-vae", "rq-transformer"
 ACTIVATIONS = {"v1": "gelu", "v2": "quick_gelu"}
-SAMPLING_OPTIONS = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
+SAMPLING_OPTIONS = {
+    "temp": ("temperature", lambda t: is_number(t) and 0 < t < math.inf, "greater than 0"),
+    "top_k": ("top_k", lambda k: is_integer(k) and k >= 1, "integers of at least 1"),
+    "top_p": ("top_p", lambda p: is_number(p) and 0 < p <= 1, "in (0, 1]"),
+}
+# Far above all published models. Without these limits a few bytes of YAML would describe a model that takes hours to
+# build, or one whose sizes exceed 64 bits.
+MAX_SIZE = 1_000_000  # widths, vocabularies, resolutions
+MAX_REPEATS = 200  # layers, blocks, depths
+REQUIRED = object()
 
 
-class Section(dict):
-    """A section of a `config.yaml`. Errors name the missing option; the options that were read are recorded."""
+class Section:
+    """A section of a `config.yaml`, which records the options that were read.
+
+    Errors name the option, what it holds and what is accepted.
+    """
 
     def __init__(self, values: dict, path: str = ""):
-        super().__init__({k: Section(v, f"{path}{k}.") if isinstance(v, dict) else v for k, v in values.items()})
+        self.values = values
         self.path = path
+        self.sections = {}
         self.read = set()
 
-    def __getitem__(self, option):
+    def __contains__(self, option: str) -> bool:
+        return option in self.values
+
+    def get(self, option: str, default=REQUIRED):
         self.read.add(option)
-        if option not in self:
+        value = self.values.get(option, default)
+        if value is REQUIRED:
             raise ValueError(f"config.yaml lacks {self.path}{option}")
-        return super().__getitem__(option)
+        return value
 
-    def get(self, option, default=None):
-        self.read.add(option)
-        return super().get(option, default)
+    def section(self, option: str) -> "Section":
+        """The section with this name, without options if it is missing or empty."""
+        if option not in self.sections:
+            values = self.get(option, None)
+            if not isinstance(values, dict | None):
+                self.refuse(option, values, "it must hold named options")
+            self.sections[option] = Section(values or {}, f"{self.path}{option}.")
+        return self.sections[option]
 
-    def section(self, option) -> "Section":
-        """The section with this name, or an empty one if it is missing or empty."""
-        return self.get(option) or Section({}, f"{self.path}{option}.")
+    def flag(self, option: str, default=REQUIRED) -> bool:
+        value = self.get(option, default)
+        if not isinstance(value, bool):
+            self.refuse(option, value, "it must be true or false")
+        return value
+
+    def number(self, option: str, default: float, below: float) -> float:
+        """A number in [0, below)."""
+        value = self.get(option, default)
+        if not is_number(value) or not 0 <= value < below:
+            self.refuse(option, value, f"it must be a number in [0, {below:,})")
+        return value
+
+    def integer(self, option: str, default=REQUIRED, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        value = self.get(option, default)
+        if not is_integer(value) or not minimum <= value <= maximum:
+            self.refuse(option, value, f"it must be an integer from {minimum} to {maximum:,}")
+        return value
+
+    def integers(self, option: str, default=REQUIRED) -> list[int]:
+        values = self.get(option, default)
+        if not isinstance(values, list) or not all(is_integer(value) and 1 <= value <= MAX_SIZE for value in values):
+            self.refuse(option, values, f"it must be a list of integers from 1 to {MAX_SIZE:,}")
+        return values
+
+    def shape(self, option: str) -> list[int]:
+        """Rows, columns, and channels or depth."""
+        shape = self.integers(option)
+        if len(shape) != 3:
+            self.refuse(option, shape, "it must be three integers")
+        return shape
+
+    def code_shape(self, option: str) -> list[int]:
+        """Rows, columns and depth."""
+        shape = self.shape(option)
+        if shape[-1] > MAX_REPEATS:
+            self.refuse(option, shape, f"the depth, its last integer, must be at most {MAX_REPEATS}")
+        return shape
+
+    def equal_sizes(self, option: str) -> int:
+        """A size that may be given once for all depths or once per depth."""
+        sizes = self.integers(option) if isinstance(self.get(option), list) else [self.integer(option)]
+        if len(set(sizes)) != 1:
+            self.refuse(option, sizes, "all depths must have the same codebook size")
+        return sizes[0]
+
+    def refuse(self, option: str, value, reason: str) -> NoReturn:
+        raise ValueError(f"{self.path}{option}: {shown(value).lower()} is not supported: {reason}")
 
     def unread(self) -> Iterator[str]:
-        for option, value in self.items():
+        for option in self.values:
             if option not in self.read:
-                yield f"{self.path}{option}"
-            elif isinstance(value, Section):
-                yield from value.unread()
+                yield shown(f"{self.path}{option}")
+            elif option in self.sections:
+                yield from self.sections[option].unread()
 
 
-def read_config(path: Path) -> Section:
-    """Raises `ValueError` for a file that is not YAML, or whose top level is not a mapping."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        section = Section(config) if isinstance(config, dict) else None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if section is None:
-        raise ValueError(f"{path} must hold named options, got {type(config).__name__}")
-    return section
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def stage_of(config: Section) -> str | None:
     """`"rq-vae"`, `"rq-transformer"`, or `None` for the configuration of any other model."""
-    arch = config.get("arch")
-    kind = str(arch.get("type")).lower() if isinstance(arch, Section) else None
-    return kind if kind in (RQVAE, RQTRANSFORMER) else None
+    if not isinstance(config.get("arch", None), dict):
+        return None
+    kind = config.section("arch").get("type", None)
+    return kind.lower() if isinstance(kind, str) and kind.lower() in (RQVAE, RQTRANSFORMER) else None
 
 
 def rqvae_config(config: Section) -> dict:
     """Arguments of [`RQVAEModel`].
 
     Raises `ValueError`, naming the option and its value, for codebooks of unequal size, a `ch_mult` that does not
-    start with 1, and unsupported options.
+    start with 1, unsupported options, and values of another type or out of range.
     """
-    arch = config["arch"]
-    hparams, ddconfig = arch["hparams"], arch["ddconfig"]
+    arch = config.section("arch")
+    hparams, ddconfig = arch.section("hparams"), arch.section("ddconfig")
+    latent_shape, code_shape = hparams.shape("latent_shape"), hparams.code_shape("code_shape")
+    latent_rows, latent_columns, latent_dim = latent_shape
+    code_rows, code_columns, depth = code_shape
+    if latent_rows % code_rows or latent_columns % code_columns:
+        hparams.refuse("code_shape", code_shape, f"it must divide latent_shape {latent_shape}")
+    patch = (latent_rows // code_rows, latent_columns // code_columns)
+    codebook_dim = math.prod(patch) * latent_dim
+    if codebook_dim > MAX_SIZE:
+        hparams.refuse("code_shape", code_shape, f"with latent_shape {latent_shape} codewords would be too large")
+    if hparams.integer("embed_dim") != latent_dim:
+        hparams.refuse("embed_dim", hparams.get("embed_dim"), f"it must be that of latent_shape {latent_shape}")
+
     for section, option, default, accepted in (
         (hparams, "bottleneck_type", "rq", "rq"),
         (ddconfig, "double_z", True, False),
@@ -81,27 +155,25 @@ def rqvae_config(config: Section) -> dict:
         (ddconfig, "give_pre_end", False, False),
     ):
         if section.get(option, default) != accepted:
-            refuse(section, option, section.get(option, default), f"it must be {str(accepted).lower()}")
+            section.refuse(option, section.get(option, default), f"it must be {str(accepted).lower()}")
 
-    widths = ddconfig.get("ch_mult", [1, 2, 4, 8])
-    if widths[0] != 1:
-        refuse(ddconfig, "ch_mult", widths, "it must start with 1")
-    levels, resolution, attention = len(widths), ddconfig["resolution"], ddconfig["attn_resolutions"]
-    coarsest = resolution // 2 ** (levels - 1)
+    width, multiples = ddconfig.integer("ch"), ddconfig.integers("ch_mult", [1, 2, 4, 8])
+    if multiples[:1] != [1]:
+        ddconfig.refuse("ch_mult", multiples, "it must start with 1")
+    if width % 32 or width * max(multiples) > MAX_SIZE:
+        ddconfig.refuse("ch", width, f"it must be a multiple of 32, and with ch_mult at most {MAX_SIZE:,}")
+    levels, attention = len(multiples), ddconfig.integers("attn_resolutions")
+    resolution = ddconfig.integer("resolution")
+    coarsest = resolution >> (levels - 1)
+    if coarsest == 0:
+        ddconfig.refuse("resolution", resolution, f"it is too small for the {levels} levels of ch_mult")
 
-    latent_rows, latent_columns, latent_dim = hparams["latent_shape"]
-    code_rows, code_columns, depth = hparams["code_shape"]
-    if latent_rows % code_rows or latent_columns % code_columns:
-        refuse(hparams, "code_shape", hparams["code_shape"], f"it must divide latent_shape {hparams['latent_shape']}")
-    if hparams["embed_dim"] != latent_dim:
-        refuse(
-            hparams, "embed_dim", hparams["embed_dim"], f"it must be that of latent_shape {hparams['latent_shape']}"
-        )
-    patch = (latent_rows // code_rows, latent_columns // code_columns)
-
+    decay = hparams.get("decay", 0.99)
+    if not all(is_number(d) and 0 <= d < 1 for d in (decay if isinstance(decay, list) else [decay])):
+        hparams.refuse("decay", decay, "it must be a number in [0, 1), or one per depth")
     return {
-        "in_channels": ddconfig["in_channels"],
-        "out_channels": ddconfig["out_ch"],
+        "in_channels": ddconfig.integer("in_channels"),
+        "out_channels": ddconfig.integer("out_ch"),
         "down_block_types": [
             "AttnDownEncoderBlock2D" if resolution // 2**i in attention else "DownEncoderBlock2D"
             for i in range(levels)
@@ -109,17 +181,17 @@ def rqvae_config(config: Section) -> dict:
         "up_block_types": [
             "AttnUpDecoderBlock2D" if coarsest * 2**i in attention else "UpDecoderBlock2D" for i in range(levels)
         ],
-        "block_out_channels": [ddconfig["ch"] * width for width in widths],
-        "layers_per_block": ddconfig["num_res_blocks"],
-        "dropout": ddconfig.get("dropout", 0.0),
-        "latent_channels": ddconfig["z_channels"],
-        "codebook_dim": patch[0] * patch[1] * latent_dim,
+        "block_out_channels": [width * multiple for multiple in multiples],
+        "layers_per_block": ddconfig.integer("num_res_blocks", maximum=MAX_REPEATS),
+        "dropout": ddconfig.number("dropout", 0.0, below=1),
+        "latent_channels": ddconfig.integer("z_channels"),
+        "codebook_dim": codebook_dim,
         "code_patch_size": patch,
-        "codebook_size": equal_sizes(hparams, "n_embed"),
+        "codebook_size": hparams.equal_sizes("n_embed"),
         "depth": depth,
-        "shared_codebook": hparams["shared_codebook"],
-        "ema_decay": hparams.get("decay", 0.99),
-        "restart_unused_codes": hparams.get("restart_unused_codes", False),
+        "shared_codebook": hparams.flag("shared_codebook"),
+        "ema_decay": decay,
+        "restart_unused_codes": hparams.flag("restart_unused_codes", False),
         "sample_size": resolution,
     }
 
@@ -129,69 +201,69 @@ def rqtransformer_config(config: Section, shared_codebook: bool) -> RQTransforme
     Args:
         shared_codebook: whether the RQ-VAE has one codebook for all depths; `config` does not contain it.
 
-    Raises `ValueError`, naming the option and its value, for learned token embeddings and codebooks of unequal size.
+    Raises `ValueError`, naming the option and its value, for learned token embeddings, codebooks of unequal size, and
+    values of another type or out of range.
     """
-    arch = config["arch"]
+    arch = config.section("arch")
     for option in ("input_emb_vqvae", "head_emb_vqvae"):
-        if not arch.get(option, False):
-            refuse(arch, option, arch.get(option, False), "codes must enter as codewords, not as token embeddings")
+        if not arch.flag(option, False):
+            arch.refuse(option, False, "codes must enter as codewords, not as token embeddings")
     loss = config.section("loss")
-    text_weight, image_weight = loss.get("txt_weight", 0.1), loss.get("img_weight", 0.9)
+    text_weight, image_weight = (
+        loss.number(option, default, below=MAX_SIZE) for option, default in (("txt_weight", 0.1), ("img_weight", 0.9))
+    )
+    if text_weight + image_weight == 0:
+        loss.refuse("img_weight", image_weight, "txt_weight and img_weight cannot both be 0")
     return RQTransformerConfig(
-        code_shape=arch["block_size"],
-        codebook_size=equal_sizes(arch if "vocab_size" in arch else config.section("dataset"), "vocab_size"),
-        codebook_dim=arch["input_embed_dim"],
+        code_shape=arch.code_shape("block_size"),
+        codebook_size=(arch if "vocab_size" in arch else config.section("dataset")).equal_sizes("vocab_size"),
+        codebook_dim=arch.integer("input_embed_dim"),
         shared_codebook=shared_codebook,
-        cond_vocab_size=max(arch.get("vocab_size_cond", 0), 1),
-        cond_length=max(arch.get("block_size_cond", 0), 1),
+        cond_vocab_size=max(arch.integer("vocab_size_cond", 0, minimum=0), 1),
+        cond_length=max(arch.integer("block_size_cond", 0, minimum=0), 1),
         spatial_config=stack_config(arch, "body"),
         depth_config=stack_config(arch, "head"),
-        cumulative_depth_inputs=arch.get("cumsum_depth_ctx", False),
-        shared_classifier=arch.get("shared_cls_emb", False),
-        embedding_dropout=arch.get("embd_pdrop", 0.0),
+        cumulative_depth_inputs=arch.flag("cumsum_depth_ctx", False),
+        shared_classifier=arch.flag("shared_cls_emb", False),
+        embedding_dropout=arch.number("embd_pdrop", 0.0, below=1),
         text_loss_weight=text_weight / (text_weight + image_weight),
     )
 
 
 def stack_config(arch: Section, name: str) -> dict:
-    stack = arch[name]
-    block, width = stack["block"], arch["embed_dim"]
+    stack = arch.section(name)
+    block, width = stack.section("block"), arch.integer("embed_dim")
     if block.get("embed_dim", width) != width:
-        refuse(block, "embed_dim", block["embed_dim"], f"it must be arch.embed_dim {width}")
-    if block.get("gelu", "v1") not in ACTIVATIONS:
-        refuse(block, "gelu", block["gelu"], f"it must be {' or '.join(ACTIVATIONS)}")
+        block.refuse("embed_dim", block.get("embed_dim"), f"it must be arch.embed_dim {width}")
+    if width % block.integer("n_head"):
+        block.refuse("n_head", block.get("n_head"), f"it must divide arch.embed_dim {width}")
+    activation = block.get("gelu", "v1")
+    if activation not in list(ACTIVATIONS):
+        block.refuse("gelu", activation, f"it must be {' or '.join(ACTIVATIONS)}")
     return {
         "hidden_size": width,
-        "num_hidden_layers": stack["n_layer"],
-        "num_attention_heads": block["n_head"],
-        "hidden_act": ACTIVATIONS[block.get("gelu", "v1")],
-        "attention_bias": block.get("attn_bias", True),
-        "mlp_bias": block.get("mlp_bias", True),
-        "attention_dropout": block.get("attn_pdrop", 0.0),
-        "hidden_dropout": block.get("resid_pdrop", 0.1),
+        "num_hidden_layers": stack.integer("n_layer", minimum=0, maximum=MAX_REPEATS),
+        "num_attention_heads": block.get("n_head"),
+        "hidden_act": ACTIVATIONS[activation],
+        "attention_bias": block.flag("attn_bias", True),
+        "mlp_bias": block.flag("mlp_bias", True),
+        "attention_dropout": block.number("attn_pdrop", 0.0, below=1),
+        "hidden_dropout": block.number("resid_pdrop", 0.1, below=1),
     }
 
 
 def generation_config(config: Section) -> GenerationConfig:
     """The sampling settings in `sampling`, or else in `experiment.sample`: numbers, or lists with one per depth."""
-    sampling = config.section("sampling") or config.section("experiment").section("sample")
+    sampling = config.section("sampling")
+    if not sampling.values:
+        sampling = config.section("experiment").section("sample")
+    depth = config.section("arch").code_shape("block_size")[-1]
     settings = {}
-    for option, name in SAMPLING_OPTIONS.items():
-        value = sampling.get(option)
+    for option, (name, accepts, accepted) in SAMPLING_OPTIONS.items():
+        value = sampling.get(option, None)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(number, int | float) for number in values):
-            refuse(sampling, option, value, "it must be a number, or one per depth")
+        if len(values) not in (0, 1, depth) or not all(map(accepts, values)):
+            sampling.refuse(option, value, f"it must be {accepted}: one number, or one per depth ({depth})")
         if values:
             settings[name] = values[0] if len(values) == 1 else values
     return GenerationConfig(do_sample=True, **settings)
-
-
-def equal_sizes(section: Section, option: str) -> int:
-    sizes = section[option] if isinstance(section[option], list) else [section[option]]
-    if len(set(sizes)) > 1:
-        refuse(section, option, sizes, "all depths must have the same codebook size")
-    return sizes[0]
-
-
-def refuse(section: Section, option: str, value, reason: str) -> None:
-    raise ValueError(f"{section.path}{option}: {str(value).lower()} is not supported: {reason}")

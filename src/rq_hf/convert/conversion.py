@@ -9,21 +9,20 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
+from ..untrusted_files import one_line
 from .card import conversion_card
 from .configs import RQTRANSFORMER, RQVAE, Section, generation_config, rqtransformer_config, rqvae_config
-from .files import Checkpoint, extract_archive, find_checkpoints, one_line, single_checkpoint
+from .files import Checkpoint, extract_archive, find_checkpoints, single_checkpoint
 from .tokenizer import convert_tokenizer
 from .weights import Parts, concatenate, rqtransformer_weights, rqvae_weights
 
 MAX_SHARD_SIZE = "2GB"
-# Raised by options of the wrong type or value, here or in the configuration or model that they are passed to:
-# RuntimeError for negative sizes, StrictDataclassError by the configurations of transformers.
-OPTION_ERRORS = (TypeError, AttributeError, IndexError, ZeroDivisionError, RuntimeError, StrictDataclassError)
+UNFINISHED = ".rq_hf-"  # starts the names of folders in which a conversion works
 
 
 def convert_original_checkpoint(
@@ -45,7 +44,7 @@ def convert_original_checkpoint(
         source (`str` or `Path`, *optional*): their tar archive, or a folder that contains the two stages at any depth,
             each a `.pt` file beside its `config.yaml`, or the RQ-VAE alone.
         destination (`str` or `Path`, *optional*): new or empty folder to write to, for `from_pretrained`, with a model
-            card. It appears only when it is complete.
+            card. A new folder appears only when it is complete; an empty one may be a mount point.
         rqvae, rqtransformer (`str` or `Path`, *optional*): the `.pt` file of a stage, with its `config.yaml` beside
             it, instead of `source` or for a stage that `source` lacks.
         ema (`bool`): use `state_dict_ema` instead of `state_dict`: of the RQ-Transformer, as the authors sample, or
@@ -56,9 +55,10 @@ def convert_original_checkpoint(
         The [`RQPipeline`], or the [`RQVAEModel`] if there is no second stage.
 
     Raises:
-        `FileNotFoundError` for a missing path; `FileExistsError` for a destination that is not empty; `ValueError`
-        for broken files, stages that do not fit each other, and unsupported options: learned token embeddings,
-        codebooks of unequal size, a `ch_mult` that does not start with 1.
+        `FileNotFoundError` for a missing path; `FileExistsError` for a destination that is a file, not empty, or that
+        another conversion works on, even a killed one; `OSError` for a full disk; `ValueError` for broken files,
+        weights that are not finite floating-point numbers, stages that do not fit each other, and unsupported
+        options: learned token embeddings, codebooks of unequal size, a `ch_mult` that does not start with 1.
     """
     model, _, _ = convert_checkpoints(source, destination, rqvae, rqtransformer, ema, tokenizer)
     return model
@@ -68,14 +68,9 @@ def convert_checkpoints(
     source, destination, rqvae, rqtransformer, ema, tokenizer
 ) -> tuple[RQPipeline | RQVAEModel, list[Checkpoint], Path | None]:
     """[`convert_original_checkpoint`], which also returns the checkpoints read and the resolved destination."""
-    destination = None if destination is None else Path(destination).resolve()
-    if destination is not None and destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} is not empty; name a new folder")
-    # On the disk of the destination, because the finished folder is renamed to it; archives are unpacked here, too.
-    # `files.atomic_folder` would create missing parents before the conversion, and keep an empty destination.
-    beside = None if destination is None else next(parent for parent in destination.parents if parent.exists())
-    with tempfile.TemporaryDirectory(prefix=".rq_hf-", dir=beside, ignore_cleanup_errors=True) as scratch:
-        checkpoints = gather_checkpoints(source, rqvae, rqtransformer, Path(scratch, "archive"))
+    destination = None if destination is None else Path(os.path.realpath(destination))
+    with working_folder(destination) as scratch:
+        checkpoints = gather_checkpoints(source, rqvae, rqtransformer, scratch / "archive")
         stage1, stage2 = checkpoints[RQVAE], checkpoints.get(RQTRANSFORMER)
         vae = convert_rqvae(stage1, ema=ema and stage2 is None)
         if stage2 is not None:
@@ -89,15 +84,53 @@ def convert_checkpoints(
             model, weights = vae, None
 
         if destination is not None:
-            finished = Path(scratch, "finished")
-            save(model, weights, finished)
-            (finished / "README.md").write_text(conversion_card(model), encoding="utf-8")
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(finished, destination)
+            try:
+                save(model, weights, scratch / "finished")
+            except SafetensorError as error:
+                raise OSError(f"{destination} cannot be written: {one_line(error)}") from error
+            (scratch / "finished" / "README.md").write_text(conversion_card(model), encoding="utf-8")
+            move_contents(scratch / "finished", destination)
             model = type(model).from_pretrained(destination)
         elif stage2 is not None:
             transformer.load_state_dict({name: concatenate(parts) for name, parts in weights.items()}, assign=True)
     return model, list(checkpoints.values()), destination
+
+
+@contextmanager
+def working_folder(destination: Path | None) -> Iterator[Path]:
+    """A folder on the disk of `destination`, for what is unpacked and written before it is complete.
+
+    It lies in `destination` if that exists: a mount point cannot be replaced, and the folder around it may belong to
+    someone else. Otherwise it lies beside, and a `destination` that was not there appears only when it is complete.
+
+    Raises `FileExistsError` for a destination with contents, also those of a conversion that was killed.
+    """
+    if destination is None:
+        place, prefix = None, UNFINISHED
+    else:
+        place = next(path for path in (destination, *destination.parents) if path.exists())
+        prefix = UNFINISHED if place == destination else f"{UNFINISHED}{destination.name[:100]}-"
+        if not place.is_dir():
+            raise FileExistsError(f"{place} is a file; name a new or empty folder")
+        for path in place.iterdir():  # `tempfile` ends names by letters, digits and underscores
+            if path.name.startswith(prefix) and "-" not in path.name.removeprefix(prefix):
+                raise FileExistsError(
+                    f"{path} belongs to another conversion to {destination}; if none is running, remove it"
+                )
+        if place == destination and {path.name for path in place.iterdir()} - {"lost+found"}:
+            raise FileExistsError(f"{destination} is not empty; name a new folder")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+
+
+def move_contents(finished: Path, destination: Path) -> None:
+    """Makes `finished` the contents of `destination`. The file that `from_pretrained` looks for comes last."""
+    if not destination.exists():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(finished, destination)
+        return
+    for path in sorted(finished.iterdir(), key=lambda path: (path.name in ("model_index.json", "config.json"), path)):
+        os.rename(path, destination / path.name)
 
 
 def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, Checkpoint]:
@@ -130,7 +163,7 @@ def gather_checkpoints(source, rqvae, rqtransformer, folder: Path) -> dict[str, 
 
 def convert_rqvae(checkpoint: Checkpoint, ema: bool) -> RQVAEModel:
     state_dict = checkpoint.load(ema)
-    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
+    with error_context(checkpoint.label), torch.device("meta"):
         vae = RQVAEModel(**rqvae_config(checkpoint.config))
     with error_context(checkpoint.label):
         weights = rqvae_weights(state_dict, vae)
@@ -144,7 +177,7 @@ def convert_rqtransformer(
 ) -> tuple[RQTransformerModel, dict[str, Parts]]:
     """The model on the meta device and its weights."""
     state_dict = checkpoint.load(ema)
-    with error_context(checkpoint.label, *OPTION_ERRORS), torch.device("meta"):
+    with error_context(checkpoint.label), torch.device("meta"):
         config = rqtransformer_config(checkpoint.config, shared_codebook=vae.config.shared_codebook)
         transformer = RQTransformerModel(config)
         transformer.generation_config = generation_config(checkpoint.config)
@@ -163,8 +196,12 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
     length = transformer.config.cond_length
     if length == 1:
         raise ValueError(f"{checkpoint.label} is not a text model; remove tokenizer {folder}")
-    with error_context(checkpoint.label, *OPTION_ERRORS):
-        return convert_tokenizer(folder, length, checkpoint.config.section("dataset").get("txt_tok_name"))
+    with error_context(checkpoint.label):
+        dataset = checkpoint.config.section("dataset")
+        name = dataset.get("txt_tok_name", None)
+        if not isinstance(name, str | None):
+            dataset.refuse("txt_tok_name", name, "it must be a name")
+        return convert_tokenizer(folder, length, name)
 
 
 def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:
@@ -196,6 +233,8 @@ def save_transformer(transformer: RQTransformerModel, weights: dict[str, Parts],
 
 def single_file_config(original_config: dict, checkpoint: dict) -> dict:
     """For `RQVAEModel.from_single_file(..., original_config="config.yaml")`."""
+    if not isinstance(original_config, dict):
+        raise ValueError(f"original_config must hold named options, got {type(original_config).__name__}")
     return rqvae_config(Section(original_config))
 
 
@@ -207,11 +246,9 @@ def single_file_weights(checkpoint: dict[str, torch.Tensor], config: dict) -> di
 
 
 @contextmanager
-def error_context(label: str, *option_errors: type[Exception]) -> Iterator[None]:
-    """Turns a `ValueError`, and `option_errors` from invalid options, into a one-line `ValueError` with `label`."""
+def error_context(label: str) -> Iterator[None]:
+    """Turns a `ValueError` into a one-line `ValueError` with `label`."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{label}: {one_line(error)}") from error
-    except option_errors as error:
-        raise ValueError(f"{label}: config.yaml does not describe a valid model: {one_line(error)}") from error

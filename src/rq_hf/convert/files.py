@@ -1,9 +1,9 @@
 """Finding and reading the authors' files: tar archives, folders, `model.pt` beside `config.yaml`."""
 
+import errno
 import gzip
 import lzma
-import pickle
-import re
+import shutil
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -11,7 +11,18 @@ from pathlib import Path
 
 import torch
 
-from .configs import RQTRANSFORMER, RQVAE, Section, read_config, stage_of
+from ..untrusted_files import (
+    check_contents_are_there,
+    one_line,
+    printable,
+    read_torch_file,
+    read_yaml,
+    shown,
+    shown_first,
+)
+from .configs import RQTRANSFORMER, RQVAE, Section, stage_of
+
+MAX_FOLDERS = 20  # that a member of an archive may lie in; Python itself cannot remove 1,000
 
 
 @dataclass
@@ -26,26 +37,17 @@ class Checkpoint:
     def load(self, ema: bool) -> dict[str, torch.Tensor]:
         """The memory-mapped state dict, or its moving average.
 
-        No code in the file is executed. Raises `ValueError` unless the file contains a dictionary of tensors that
-        PyTorch can map.
+        Raises `ValueError` for a file that [`read_torch_file`] refuses, or one without a dictionary of that name.
         """
-        try:
-            contents = torch.load(self.weights, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL (\S+)", str(error))
-            if name:
-                raise ValueError(f"{self.label} holds Python objects ({name[1]}); only tensors are read") from error
-            raise ValueError(f"{self.label} is not a PyTorch checkpoint") from error
-        except Exception as error:  # a broken pickle can raise anything
-            raise ValueError(
-                f"{self.label} is a truncated or invalid PyTorch checkpoint (torch.save since 1.6): {one_line(error)}"
-            ) from error
+        contents = read_torch_file(self.weights, self.label)
         key = "state_dict_ema" if ema else "state_dict"
-        state_dict = contents.get(key) if isinstance(contents, dict) else None
-        if not isinstance(state_dict, dict) or not all(isinstance(w, torch.Tensor) for w in state_dict.values()):
-            found = ", ".join(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
-            raise ValueError(f"{self.label} has no {key}; it has {found}")
-        self.unused += [str(name) for name in contents if name != key]
+        if not isinstance(contents, dict) or key not in contents:
+            found = shown_first(contents, 10) if isinstance(contents, dict) else type(contents).__name__
+            raise ValueError(f"{self.label} has no {key}; it has {found or 'nothing'}")
+        state_dict = contents[key]
+        if not isinstance(state_dict, dict):
+            raise ValueError(f"{self.label}: {key} must be a dictionary of tensors, got {type(state_dict).__name__}")
+        self.unused += [shown(name) for name in contents if name != key]
         return state_dict
 
 
@@ -59,7 +61,7 @@ def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:
     for path in (weights, config_path):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
-    config = read_config(config_path)
+    config = Section(read_yaml(config_path, str(config_path)))
     if stage_of(config) != stage:
         found = stage_of(config) or "something else"
         raise ValueError(f"{weights} must be an {stage}, but {config_path} describes {found}")
@@ -71,15 +73,21 @@ def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
 
     Raises `ValueError` if there are none, two of the same stage, or a checkpoint of another kind of model.
     """
+    try:
+        paths = sorted(folder.rglob("config.yaml"))
+    except RecursionError as error:
+        raise ValueError(
+            f"{name} is nested too deeply to be searched; name the files by rqvae and rqtransformer"
+        ) from error
     found = {}
-    for path in sorted(folder.rglob("config.yaml")):
-        config = read_config(path)
+    for path in paths:
+        place = printable(str(Path(name, path.parent.relative_to(folder))))
+        config = Section(read_yaml(path, f"{place}/config.yaml"))
         stage = stage_of(config)
-        place = Path(name, path.parent.relative_to(folder))
         files = sorted(path.parent.glob("*.pt"))
         if stage is None and files and "arch" in config:
             raise ValueError(
-                f"{place / path.name} describes neither an {RQVAE} nor an {RQTRANSFORMER} by its arch.type"
+                f"{place}/config.yaml describes neither an {RQVAE} nor an {RQTRANSFORMER} by its arch.type"
             )
         if stage is None:
             continue
@@ -87,7 +95,7 @@ def find_checkpoints(folder: Path, name: str) -> dict[str, Checkpoint]:
             files = [file for file in files if file.name == "model.pt"] or files
         if len(files) != 1:
             raise ValueError(f"{place} must hold one .pt file, or one called model.pt; got {[f.name for f in files]}")
-        label = str(place / files[0].name)
+        label = f"{place}/{printable(files[0].name)}"
         if stage in found:
             raise ValueError(f"two checkpoints of an {stage}: {found[stage].label} and {label}; name the file to use")
         found[stage] = Checkpoint(files[0], config, label)
@@ -100,13 +108,16 @@ def extract_archive(archive: Path, folder: Path) -> None:
     """Extracts the `.pt` files and `config.yaml`s of a tar archive.
 
     Raises `ValueError` for a broken archive (also one that ends between two members or whose checksum is wrong), and
-    for one with a member outside `folder`.
+    for one with a member outside `folder` or more than 20 folders deep; `OSError` if the disk is too small.
     """
+    check_contents_are_there(archive, str(archive))
+    folder.mkdir()
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 tarfile.data_filter(member, str(folder))
                 if member.isfile() and (member.name.endswith(".pt") or Path(member.name).name == "config.yaml"):
+                    check_extractable(member, folder)
                     tar.extract(member, folder, filter="data")
             if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("the end of the archive is missing")
@@ -114,9 +125,17 @@ def extract_archive(archive: Path, folder: Path) -> None:
                 pass
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {one_line(error)}") from error
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, ValueError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise ValueError(f"{archive} is a truncated or invalid tar archive: {one_line(error)}") from error
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def check_extractable(member: tarfile.TarInfo, folder: Path) -> None:
+    if len(Path(member.name).parts) > MAX_FOLDERS:
+        raise tarfile.ReadError(f"{shown(member.name)} lies in more than {MAX_FOLDERS} folders")
+    free = shutil.disk_usage(folder).free
+    if member.size > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{shown(member.name)} unpacks to {member.size:,} bytes, but the disk has {free:,}",
+            str(folder),
+        )

@@ -5,6 +5,8 @@ from pathlib import Path
 from tokenizers.implementations import CharBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
+from ..untrusted_files import check_contents_are_there, one_line
+
 # `dataset.txt_tok_name` -> prefix of the file names
 FILE_PREFIXES = {"bpe16k_huggingface": "bpe-16k-", "bpe30k_huggingface": "bpe-30k-"}
 
@@ -35,10 +37,14 @@ def convert_tokenizer(folder: str | Path, length: int, name: str | None = None) 
             f"{folder} must hold one vocab.json and one merges.txt{f' named {prefix}…' if prefix else ''}, "
             f"got {sorted(file.name for file in folder.glob('*'))}"
         )
+    for file in (vocabularies[0], merges[0]):
+        check_contents_are_there(file, str(file))
     try:
         tokenizer = CharBPETokenizer.from_file(str(vocabularies[0]), str(merges[0]), unk_token="[UNK]", lowercase=True)
     except Exception as error:  # tokenizers raises bare exceptions
-        raise ValueError(f"{vocabularies[0]} and {merges[0]} do not form a valid tokenizer: {error}") from error
+        raise ValueError(
+            f"{vocabularies[0]} and {merges[0]} do not form a valid tokenizer: {one_line(error)}"
+        ) from error
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer,
         unk_token="[UNK]",

@@ -5,11 +5,12 @@ the codebooks of all depths) is kept as its [`Parts`] until it is needed.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 
 import torch
 
 from ..models import RQTransformerModel, RQVAEModel
+from ..untrusted_files import shown, shown_first
 
 Parts = tuple[torch.Tensor, ...]  # to be concatenated along the first dimension
 
@@ -27,6 +28,7 @@ RQVAE_NAMES = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CODEBOOK_NAMES = {"codebook": "weight", "cluster_size": "cluster_size_ema", "cluster_sum": "embed_ema"}
 RQTRANSFORMER_NAMES = {
     "spatial_stack.layers": "body_transformer.blocks",
@@ -52,7 +54,8 @@ RQTRANSFORMER_NAMES = {
 def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[str, Parts]:
     """The weights of `model`, which may be on the meta device, from a state dict of the authors' RQ-VAE.
 
-    Raises `ValueError` if names or shapes do not fit, or if the copies of a shared codebook differ.
+    Raises `ValueError` for weights that [`take_weights`] refuses, negative cluster sizes, or copies of a shared
+    codebook that differ.
     """
 
     def to_ours(name, weight, shape):
@@ -66,6 +69,8 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
     for copy, first in duplicates.items():
         if copy in original and not torch.equal(original[copy], original[first]):
             raise ValueError(f"{copy} differs from {first}, although shared_codebook is true")
+    if any(part.min() < 0 for part in weights["quantizer.cluster_size"]):
+        raise ValueError("cluster_size_ema must not be negative")
     return weights
 
 
@@ -93,7 +98,7 @@ def rqvae_shape(name: str, shape: torch.Size, model: RQVAEModel) -> tuple[int, .
 def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransformerModel) -> dict[str, Parts]:
     """The weights of `model`, which may be on the meta device, except for its codebook.
 
-    Raises `ValueError` if names or shapes do not fit.
+    Raises `ValueError` for weights that [`take_weights`] refuses.
     """
 
     def to_ours(name, weight, shape):
@@ -137,11 +142,16 @@ def take_weights(
     names_of: Callable[[str, torch.nn.Module], list[str]],
     shape_of: Callable[[str, torch.Size, torch.nn.Module], tuple[int, ...]],
     to_ours: Callable[[str, torch.Tensor, torch.Size], torch.Tensor],
-    ignored: Iterable[str] = (),
+    ignored: Container[str] = (),
     excluded: str | None = None,
 ) -> dict[str, Parts]:
-    """All weights of `model` except for `excluded`. Every weight of `original` must be used or in `ignored`."""
-    weights, missing, misshapen, used = {}, [], [], set(ignored)
+    """All weights of `model` except for `excluded`.
+
+    Raises `ValueError` unless every weight of `original` is a dense tensor of floating-point numbers and used or in
+    `ignored`, and those that are used have the right shape, finite values and memory of their own.
+    """
+    check_kinds(original)
+    weights, missing, misshapen, used = {}, [], [], set()
     for name, ours in model.state_dict().items():
         if name == excluded:
             continue
@@ -157,17 +167,37 @@ def take_weights(
 
     complaints = {
         "missing": missing,
-        "left over": [name for name in original if name not in used],
+        "left over": [name for name in original if name not in used and name not in ignored],
         "of another shape": misshapen,
     }
-    complaints = [
-        f"{len(names)} {kind} ({', '.join(map(str, names[:3]))}{', …' if len(names) > 3 else ''})"
-        for kind, names in complaints.items()
-        if names
-    ]
+    complaints = [f"{len(names)} {kind} ({shown_first(names, 3)})" for kind, names in complaints.items() if names]
     if complaints:
         raise ValueError(f"the weights do not fit the config.yaml: {'; '.join(complaints)}")
+    check_values({name: original[name] for name in used})
     return weights
+
+
+def check_kinds(original: dict[str, torch.Tensor]) -> None:
+    for name, weight in original.items():
+        if not isinstance(weight, torch.Tensor):
+            raise ValueError(f"{shown(name)} must be a tensor, got {type(weight).__name__}")
+        if weight.layout != torch.strided or weight.is_nested or weight.is_meta or weight.dtype not in DTYPES:
+            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            kind = f"{str(weight.dtype).removeprefix('torch.')}{' without values' if weight.is_meta else ''}"
+            raise ValueError(f"{shown(name)} must be a dense tensor of {accepted}, got {kind}")
+
+
+def check_values(weights: dict[str, torch.Tensor]) -> None:
+    # A few bytes of a file can be the memory of any number of weights, and of weights of any size.
+    storages = [weight.untyped_storage() for weight in weights.values()]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    needed = sum(weight.nbytes for weight in weights.values())
+    if needed > held:
+        raise ValueError(f"weights share memory: they would need {needed:,} bytes and have {held:,}")
+    for name, weight in weights.items():
+        lowest, highest = weight.detach().aminmax()  # NaN if there is one
+        if not (lowest.float().isfinite() and highest.float().isfinite()):
+            raise ValueError(f"{name} has values that are NaN or infinite in float32")
 
 
 def concatenate(parts: Parts) -> torch.Tensor:

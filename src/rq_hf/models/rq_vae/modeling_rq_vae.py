@@ -21,6 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ...untrusted_files import read_state_dict, read_yaml
 from ..argument_checks import check_bool, check_size
 from ..codes import check_codes
 from ..presets import load_preset
@@ -183,14 +184,21 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
         """Loads the authors' `model.pt`, or its state dict, by `original_config="config.yaml"`.
 
-        Everything else is as in diffusers. Raises `ValueError` without a configuration, which cannot be guessed, and
-        where weights do not fit it.
+        Everything else is as in diffusers. Raises `ValueError` without a configuration, which cannot be guessed, for
+        broken files, and where weights do not fit it.
         """
+        source, original_config = pretrained_model_link_or_path_or_dict, kwargs.get("original_config")
         if kwargs.get("original_config") is None and kwargs.get("config") is None:
             raise ValueError("from_single_file needs original_config, the config.yaml of the checkpoint, or config")
-        if isinstance(kwargs.get("original_config"), os.PathLike):
-            kwargs["original_config"] = os.fspath(kwargs["original_config"])
-        return super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+        # diffusers maps files as they are, also what is compressed or damaged, and limits YAML in nothing.
+        if isinstance(original_config, str | os.PathLike) and os.path.isfile(original_config):
+            kwargs["original_config"] = read_yaml(original_config, str(original_config))
+        if isinstance(source, str | os.PathLike) and os.path.isfile(source):
+            if os.path.splitext(source)[1] not in (".safetensors", ".gguf"):
+                source = read_state_dict(source)
+        elif isinstance(source, str):
+            kwargs["disable_mmap"] = True
+        return super().from_single_file(source, **kwargs)
 
     @property
     def pixels_per_code(self) -> tuple[int, int]:
