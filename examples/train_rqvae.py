@@ -56,6 +56,7 @@ class RQVAEArguments:
     _argument_group_name = "model"
 
     resolution: int = field(default=256, metadata={"help": "Height and width of the images."})
+    in_channels: int = field(default=3, metadata={"help": "3 for RGB, 1 for grey images.", "choices": [1, 3]})
     block_out_channels: list[int] = field(
         default_factory=lambda: [128, 128, 256, 256, 512, 512],
         metadata={"help": "Width of every level, fine to coarse; between levels the image is halved."},
@@ -175,6 +176,8 @@ def create_model(args: RQVAEArguments) -> RQVAEModel:
     """Raises `ValueError` for a resolution that the levels do not divide."""
     attention = [level in args.attention_levels for level in range(len(args.block_out_channels))]
     model = RQVAEModel(
+        in_channels=args.in_channels,
+        out_channels=args.in_channels,
         down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
         up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)),
         block_out_channels=tuple(args.block_out_channels),
@@ -222,15 +225,15 @@ def create_discriminator(
 
 
 def first_pixels(dataset, collate: ImageCollator, count: int) -> torch.Tensor:
-    """Pixels `(count, 3, height, width)` of the first images of a data set."""
+    """Pixels `(count, channels, height, width)` of the first images of a data set."""
     return collate(list(itertools.islice(dataset, count)))["pixels"]
 
 
 def validation_batches(
-    args: ValidationArguments, data: TrainingDataArguments, resolution: int, batch_size: int
+    args: ValidationArguments, data: TrainingDataArguments, model: RQVAEModel, batch_size: int
 ) -> list[torch.Tensor]:
     """
-    Pixels `(B, 3, height, width)` of the validation images, batch by batch; none if there are no such options.
+    Pixels `(B, channels, height, width)` of the validation images, batch by batch; none if there are no such options.
 
     Raises `ValueError` for a split of files, all of which are trained on.
     """
@@ -245,7 +248,8 @@ def validation_batches(
         data = replace(data, split=args.validation_split)
     else:
         return []
-    pixels = first_pixels(data.load(), data.create_collator(resolution), args.validation_images)
+    collate = data.create_collator(model.config.sample_size, in_channels=model.config.in_channels)
+    pixels = first_pixels(data.load(), collate, args.validation_images)
     return list(pixels.split(batch_size))
 
 
@@ -284,8 +288,8 @@ def main() -> None:
     discriminator = create_discriminator(accelerator, losses, run, model.config.in_channels)
 
     dataset = data.load()
-    collate = data.create_collator(args.resolution, random_flip=data.random_flip)
-    held_out = validation_batches(validation, data, args.resolution, run.train_batch_size)
+    collate = data.create_collator(args.resolution, random_flip=data.random_flip, in_channels=args.in_channels)
+    held_out = validation_batches(validation, data, model, run.train_batch_size)
     shown = held_out[0][:SHOWN_IMAGES] if held_out else first_pixels(dataset, collate, SHOWN_IMAGES)
     if args.codebook_init == "k-means":
         pixels = first_pixels(dataset, collate, args.codebook_init_images)

@@ -7,8 +7,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
-
-MODES = {1: "L", 3: "RGB"}  # of an image, by its channels
 WIDEST = 8  # of an image whose centre is kept, in lengths of the shorter side
 
 
@@ -38,8 +36,15 @@ def bits_per_channel(image: Image.Image) -> int:
         return 16
     if image.mode in ("I", "F"):
         kind = "integers" if image.mode == "I" else "floats"
-        raise ValueError(f"it has 32-bit {kind}, which do not say what is white: save it with 8 or 16 bits per channel")
+        raise ValueError(f"32-bit {kind} do not say what is white: save the image with 8 or 16 bits per channel")
     return 8
+
+
+def color_mode(channels: int) -> str:
+    """Mode of a PIL image of so many channels. Raises `ValueError` for any number but 1 (grey) and 3 (RGB)."""
+    if channels not in (1, 3):
+        raise ValueError(f"images must have 1 channel (grey) or 3 (RGB), got {channels}")
+    return "L" if channels == 1 else "RGB"
 
 
 def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> torch.Tensor:
@@ -86,9 +91,11 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     return Image.fromarray((canvas * 255).round().byte().numpy())
 
 
-def captioned_grid(images: list[Image.Image], captions: list[str], columns: int = 4, scale: int = 2) -> Image.Image:
-    """Images of the same size, enlarged `scale` times, with their captions below -> one RGB image."""
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int = 4) -> Image.Image:
+    """Images of the same size, small ones enlarged a whole number of times, with their captions below -> one RGB
+    image."""
     font = ImageFont.load_default(13)
+    scale = max(1, 128 // max(images[0].size))
     width, height = (scale * side for side in images[0].size)
     cell_width = max(width + 24, 176)
     texts = [wrap(caption, font, cell_width - 8) for caption in captions]
