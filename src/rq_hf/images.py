@@ -62,9 +62,9 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
         raise ValueError(f"an image must have pixels, got the size {image.size}")
     width = height = resolution
     if center_crop:
-        # The ends of a strip are cut off first: resized whole, it would take gigabytes.
+        # The ends of a strip are cut off first: resized whole, it would take gigabytes. The centre stays.
         shorter = min(image.size)
-        image = crop_centre(image, *(min(side, WIDEST * shorter) for side in image.size))
+        image = crop_centre(image, *(min(side, WIDEST * shorter + side % 2) for side in image.size))
         width, height = (resolution * side // shorter for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     values = np.array(crop_centre(image, resolution, resolution)).reshape(resolution, resolution, -1)
