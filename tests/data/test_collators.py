@@ -174,6 +174,12 @@ class TestImageCollator:
         }
 
 
+def test_latent_collator_takes_names_of_classes():
+    examples = [{"latents": bytes(4), "label": name, "example_index": 7} for name in ("dog", "ant")]
+    collate = LatentCollator((1, 1, 2), label_column="label", num_classes=2, class_names=["ant", "dog"])
+    assert collate(examples)["cond_ids"].tolist() == [[1], [0]]
+
+
 @pytest.mark.parametrize("latents", [b"", bytes(5), bytes(16), None])
 def test_latent_collator_stops_at_latents_of_another_length(latents):
     examples = [{"latents": bytes(8), "example_index": 6}, {"latents": latents, "example_index": 7}]
