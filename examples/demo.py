@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from rq_hf import EMOJI_MODEL, RQPipeline
 from rq_hf.images import captioned_grid
@@ -42,6 +43,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="file to write; default: demo.png")
     args = parser.parse_args()
+    if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
+        parser.error(f"--output must end in .png, .jpg or another kind of image, got {args.output}")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output must be in a folder that exists, got {args.output}")
 
     pipe = RQPipeline.from_pretrained(args.model)
     prompts = PROMPTS if args.prompt is None else [args.prompt] * 16

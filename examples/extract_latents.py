@@ -32,7 +32,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from rq_hf import RQVAEModel
-from rq_hf.data import ImageCollator, caption_of, label_of, latents_to_bytes, write_description, write_latents
+from rq_hf.data import (
+    ImageCollator,
+    caption_of,
+    find_features,
+    label_of,
+    latents_to_bytes,
+    write_description,
+    write_latents,
+)
 from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
 
 
@@ -43,7 +51,7 @@ class ExtractionArguments:
     rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
     output_dir: str = field(metadata={"help": "New folder for the latents."})
     text_column: str | None = field(default=None, metadata={"help": "Column with captions to keep."})
-    label_column: str | None = field(default=None, metadata={"help": "Column with classes to keep."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with classes, or their names, to keep."})
     mirror: bool = field(
         default=False,
         metadata={"help": "Store every image a second time, mirrored; replaces --random_flip in training."},
@@ -69,25 +77,26 @@ class ExtractionArguments:
 
 def collate(examples: list[dict], collator: ImageCollator, args: ExtractionArguments) -> dict:
     """
-    Examples -> `pixels` `(B, 3, height, width)`, `rows` of the columns to keep, and the number of `skipped_images`.
+    Examples -> `pixels` `(B, channels, height, width)`, `rows` of the columns to keep, and the number of
+    `skipped_images`.
 
-    Raises `ValueError` for a caption that is not a string and for a label that is not an integer.
+    Raises `ValueError` for a caption that is not a string and for a label that is neither a string nor an integer.
     """
     pixels, decoded = collator.decode(examples)
     for example in decoded:
         if args.text_column is not None:
             caption_of(example, args.text_column)
-        if args.label_column is not None:
+        if args.label_column is not None and not isinstance(example[args.label_column], str):
             label_of(example, args.label_column)
     rows = [{column: example[column] for column in args.kept_columns} for example in decoded]
     return {"pixels": pixels, "rows": rows, "skipped_images": len(examples) - len(rows)}
 
 
 def create_loader(
-    accelerator: Accelerator, data: DatasetArguments, args: ExtractionArguments, dataset, resolution: int
+    accelerator: Accelerator, data: DatasetArguments, args: ExtractionArguments, dataset, vae: RQVAEModel
 ) -> DataLoader:
     """This rank's share of the data set, in batches of [`collate`]."""
-    collator = data.create_collator(resolution)
+    collator = data.create_collator(vae.config.sample_size, in_channels=vae.config.in_channels)
     return DataLoader(
         split_dataset_by_node(dataset, accelerator.process_index, accelerator.num_processes),
         batch_size=args.batch_size,
@@ -97,13 +106,11 @@ def create_loader(
 
 
 def stored_features(args: ExtractionArguments, dataset) -> datasets.Features:
-    """Types of the columns to write; a stream need not declare its own."""
-    declared = dataset.features or {}
-    features = datasets.Features({"latents": datasets.Value("binary")})
-    for column, kind in ((args.text_column, "string"), (args.label_column, "int64")):
-        if column is not None:
-            features[column] = declared.get(column, datasets.Value(kind))
-    return features
+    """Types of the columns to write."""
+    features = find_features(dataset)
+    return datasets.Features(
+        {"latents": datasets.Value("binary")} | {name: features[name] for name in args.kept_columns}
+    )
 
 
 def encode(
@@ -127,13 +134,15 @@ def encode(
 def main() -> None:
     data, args = parse_arguments(DatasetArguments, ExtractionArguments, description=__doc__)
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir must be a new or an empty folder; {output_dir} is a file")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
     check_launch(accelerator)
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = data.load(required_columns=args.kept_columns)
-    loader = create_loader(accelerator, data, args, dataset, vae.config.sample_size)
+    loader = create_loader(accelerator, data, args, dataset, vae)
 
     unfinished = output_dir.with_name(f"unfinished-{output_dir.name}")
     if accelerator.is_main_process:

@@ -4,6 +4,8 @@ Classes:
     accelerate launch examples/train_class_conditional.py --rqvae runs/rqvae/rqvae --dataset_name uoft-cs/cifar10 \\
         --image_column img --label_column label --output_dir runs/classes
 No classes: leave out --label_column.
+Labels may be numbers or names. Names are sorted, and become numbers; config.json of the transformer keeps them, as
+id2label.
 Eight GPUs, bf16:
     accelerate launch --multi_gpu --num_processes 8 examples/train_class_conditional.py --mixed_precision bf16 ...
 Two processes on a CPU:
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rq_hf import RQPipeline, RQVAEModel
+from rq_hf.data import find_class_names
 from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
@@ -38,10 +41,10 @@ class ClassArguments:
     _argument_group_name = "classes"
 
     label_column: str | None = field(
-        default=None, metadata={"help": "Column with the classes (default: no condition)."}
+        default=None, metadata={"help": "Column with the classes, numbers or names (default: no condition)."}
     )
     num_classes: int | None = field(
-        default=None, metadata={"help": "Number of classes (default: what the data set declares)."}
+        default=None, metadata={"help": "Number of classes (default: those that the data set declares or names)."}
     )
     num_samples: int = field(
         default=16, metadata={"help": "Number of images to generate, every --image_logging_steps steps."}
@@ -51,15 +54,17 @@ class ClassArguments:
         check_numbers(self, "be at least 1", "num_classes", "num_samples")
 
 
-def count_classes(args: ClassArguments, dataset) -> int:
-    """Number of classes, given or declared by the data set; 0 without labels. Raises `ValueError` if unknown."""
+def find_classes(args: ClassArguments, dataset) -> tuple[int, list[str] | None]:
+    """Number of classes, 0 without labels, and their names, if they have names. Raises `ValueError` for labels whose
+    classes are unknown."""
     if args.label_column is None:
-        return 0
-    declared = getattr((dataset.features or {}).get(args.label_column), "num_classes", None)
-    num_classes = declared if args.num_classes is None else args.num_classes
-    if num_classes is None:
+        return 0, None
+    names = find_class_names(dataset, args.label_column)
+    if args.num_classes is not None:
+        return args.num_classes, names
+    if names is None:
         raise ValueError(f"the data set does not declare the classes of {args.label_column!r}: pass --num_classes")
-    return num_classes
+    return len(names), names
 
 
 def main() -> None:
@@ -75,10 +80,13 @@ def main() -> None:
 
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(classes.label_column,) if classes.label_column else ())
-    num_classes = count_classes(classes, dataset)
+    num_classes, class_names = find_classes(classes, dataset)
     if num_classes:
         # One more class stands for "no class" in classifier-free guidance.
         model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
+        if class_names is not None:
+            model.config.id2label = dict(enumerate(class_names[:num_classes]))
+            model.config.label2id = {name: label for label, name in model.config.id2label.items()}
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
         call = "pipe(class_labels=[0, 1])"
     else:
@@ -89,7 +97,7 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
-    conditions = {"label_column": classes.label_column, "num_classes": num_classes}
+    conditions = {"label_column": classes.label_column, "num_classes": num_classes, "class_names": class_names}
     collate = args.create_collator(vae, data, **conditions)
     held_out = args.load_validation(validation, vae, data, run.train_batch_size, **conditions)
     optimizer = run.create_optimizer(model)

@@ -56,6 +56,7 @@ class RQVAEArguments:
     _argument_group_name = "model"
 
     resolution: int = field(default=256, metadata={"help": "Height and width of the images."})
+    in_channels: int = field(default=3, metadata={"help": "3 for RGB, 1 for grey images.", "choices": [1, 3]})
     block_out_channels: list[int] = field(
         default_factory=lambda: [128, 128, 256, 256, 512, 512],
         metadata={"help": "Width of every level, fine to coarse; between levels the image is halved."},
@@ -154,6 +155,8 @@ def create_model(args: RQVAEArguments) -> RQVAEModel:
     """Raises `ValueError` for a resolution that the levels do not divide."""
     attention = [level in args.attention_levels for level in range(len(args.block_out_channels))]
     model = RQVAEModel(
+        in_channels=args.in_channels,
+        out_channels=args.in_channels,
         down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
         up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)),
         block_out_channels=tuple(args.block_out_channels),
@@ -236,7 +239,7 @@ def main() -> None:
     discriminator = create_discriminator(accelerator, losses, run, model.config.in_channels)
 
     dataset = data.load()
-    collate = data.create_collator(args.resolution, random_flip=data.random_flip)
+    collate = data.create_collator(args.resolution, random_flip=data.random_flip, in_channels=args.in_channels)
 
     def first_pixels(dataset, collate, count):
         return [batch["pixels"] for batch in first_batches(dataset, collate, count, run.train_batch_size)]
@@ -244,7 +247,7 @@ def main() -> None:
     held_out = []
     if validation.is_given:
         validation_data = validation.select_from(data)
-        validation_collate = validation_data.create_collator(args.resolution)
+        validation_collate = validation_data.create_collator(args.resolution, in_channels=args.in_channels)
         held_out = first_pixels(validation_data.load(), validation_collate, validation.validation_images)
     shown = torch.cat(held_out or first_pixels(dataset, collate, SHOWN_IMAGES))[:SHOWN_IMAGES]
     if args.codebook_init == "k-means":

@@ -1,4 +1,8 @@
+import contextlib
 import io
+import os
+import resource
+import struct
 
 import numpy as np
 import pytest
@@ -6,7 +10,7 @@ import torch
 from PIL import Image, ImageFont
 from shapes import draw_shape
 
-from rq_hf.images import captioned_grid, image_grid, to_pixels, to_rgb, wrap
+from rq_hf.images import captioned_grid, color_mode, image_grid, to_pixels, to_rgb, wrap
 
 
 def reopened(image, format="PNG", **kwargs):
@@ -14,6 +18,40 @@ def reopened(image, format="PNG", **kwargs):
     file = io.BytesIO()
     image.save(file, format, **kwargs)
     return Image.open(file)
+
+
+def tiff(bits, data, byte_order="<", sample_format=1):
+    """A greyscale TIFF file of one row; Pillow writes few of the kinds that it reads."""
+    width = len(data) * 8 // bits
+    entries = {
+        256: width,
+        257: 1,
+        258: bits,
+        259: 1,
+        262: 1,
+        273: 0,
+        277: 1,
+        278: 1,
+        279: len(data),
+        339: sample_format,
+    }
+    entries[273] = 8 + 2 + 12 * len(entries) + 4  # where the data begins
+    header = (b"II" if byte_order == "<" else b"MM") + struct.pack(f"{byte_order}HIH", 42, 8, len(entries))
+    fields = [struct.pack(f"{byte_order}HHII", tag, 4, 1, value) for tag, value in entries.items()]
+    return Image.open(io.BytesIO(header + b"".join(fields) + bytes(4) + data))
+
+
+@contextlib.contextmanager
+def memory_limit(megabytes):
+    """Allocations of so much more raise `MemoryError`."""
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 class TestToRGB:
@@ -49,6 +87,40 @@ class TestToRGB:
     def test_converts_cmyk(self):
         image = to_rgb(reopened(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"))
         assert image.getpixel((4, 4)) == (255, 0, 0)
+
+    @pytest.mark.parametrize("byte_order", ["<", ">"])
+    def test_scales_16_bits(self, byte_order):
+        image = to_rgb(tiff(16, struct.pack(f"{byte_order}4H", 0, 255, 32896, 65535), byte_order))
+        assert list(image.convert("L").get_flattened_data()) == [0, 0, 128, 255]
+
+    def test_scales_12_bits(self):
+        image = to_rgb(tiff(12, bytes([0x00, 0x08, 0x08, 0xFF, 0xF0, 0x00])))
+        assert list(image.convert("L").get_flattened_data()) == [0, 128, 255, 0]
+
+    @pytest.mark.parametrize(("white", "values"), [(65535, (0, 32896, 65535)), (1000, (0, 502, 1000))])
+    def test_scales_pgm(self, white, values):
+        file = io.BytesIO(f"P5 3 1 {white}\n".encode() + struct.pack(">3H", *values))
+        assert list(to_rgb(Image.open(file)).convert("L").get_flattened_data()) == [0, 128, 255]
+
+    def test_makes_the_transparent_grey_of_16_bits_white(self):
+        image = Image.fromarray(np.array([[300, 30000, 60000]], dtype=np.uint16))
+        image = to_rgb(reopened(image, transparency=300))
+        assert list(image.convert("L").get_flattened_data()) == [255, 117, 234]
+
+    @pytest.mark.parametrize(
+        ("image", "kind"),
+        [
+            (Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "floats"),
+            (Image.fromarray(np.array([[0, 30000, 61440]], dtype=np.int32)), "integers"),
+            (tiff(32, struct.pack("<2I", 0, 2**31)), "integers"),
+            (tiff(16, struct.pack("<2h", -5, 5), sample_format=2), "integers"),
+            (Image.open(io.BytesIO(b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5))), "floats"),
+        ],
+        ids=["float array", "int32 array", "uint32 TIFF", "signed TIFF", "PFM"],
+    )
+    def test_refuses_what_does_not_say_what_is_white(self, image, kind):
+        with pytest.raises(ValueError, match=f"32-bit {kind} do not say what is white: save .* 8 or 16 bits"):
+            to_rgb(image)
 
     def test_turns_photographs_upright(self):
         exif = Image.Exif()
@@ -93,6 +165,36 @@ class TestToPixels:
         pixels = to_pixels(image, 8)
         assert torch.equal(pixels[:, :, 1:-1], to_pixels(Image.new("RGB", (8, 8), "lime"), 8)[:, :, 1:-1])
 
+    @pytest.mark.parametrize("size", [(65499, 1), (1, 65499), (3000, 2)])
+    def test_of_a_strip_takes_little_memory(self, size):
+        image = Image.new("RGB", size, "red")
+        middle = [(side - min(size)) // 2 for side in size]
+        image.paste("lime", (*middle, middle[0] + min(size), middle[1] + min(size)))
+        with memory_limit(megabytes=100):
+            pixels = to_pixels(image, 512)
+        assert ((pixels[:, 256, 256] + 1) * 127.5).tolist() == [0, 255, 0]
+
+    def test_keeps_the_middle_of_wide_images_as_it_does_of_others(self):
+        panorama = Image.new("RGB", (1000, 10), "red")
+        panorama.paste(draw_shape(0, 10).resize((70, 10)), (465, 0))
+        assert torch.equal(to_pixels(panorama, 8), to_pixels(panorama.crop((460, 0, 540, 10)), 8))
+
+    def test_of_a_grey_image_has_one_channel(self):
+        image = draw_shape(0, 24)
+        grey = to_pixels(image.convert("L"), 16)
+        assert grey.shape == (1, 16, 16)
+        assert torch.equal(grey.expand(3, -1, -1), to_pixels(image.convert("L").convert("RGB"), 16))
+
+    def test_refuses_an_image_without_pixels(self):
+        with pytest.raises(ValueError, match=r"an image must have pixels, got the size \(0, 5\)"):
+            to_pixels(Image.new("RGB", (0, 5)), 16)
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_colors_have_one_or_three_channels(channels):
+    with pytest.raises(ValueError, match=rf"1 channel \(grey\) or 3 \(RGB\), got {channels}"):
+        color_mode(channels)
+
 
 class TestImageGrid:
     def test_places_images_row_by_row_and_leaves_the_rest_white(self):
@@ -110,10 +212,10 @@ class TestImageGrid:
 
 class TestCaptionedGrid:
     def test_places_enlarged_images_above_their_captions(self):
-        images = [Image.new("RGB", (100, 20), color) for color in ("red", "lime", "blue")]
-        grid = captioned_grid(images, ["", "a caption", ""], columns=2, scale=3)
+        images = [Image.new("RGB", (40, 20), color) for color in ("red", "lime", "blue")]
+        grid = captioned_grid(images, ["", "a caption", ""], columns=2)
         cell_width, cell_height = grid.width // 2, grid.height // 2
-        assert cell_width >= 300 and cell_height > 60
+        assert cell_width >= 3 * 40 and cell_height > 60
         centres = [(cell_width // 2 + i % 2 * cell_width, 8 + 30 + i // 2 * cell_height) for i in range(4)]
         assert [grid.getpixel(centre) for centre in centres] == [
             (255, 0, 0),
@@ -123,6 +225,19 @@ class TestCaptionedGrid:
         ]
         below = [(i * cell_width, 8 + 60, (i + 1) * cell_width, cell_height) for i in range(2)]
         assert [grid.crop(box).convert("L").getextrema()[0] < 128 for box in below] == [False, True]
+
+    def test_has_room_for_long_captions(self):
+        images = [Image.new("RGB", (128, 128), color) for color in ("red", "lime")]
+        short, long = (captioned_grid(images, [caption, ""], columns=1) for caption in ("word", "word " * 40))
+        assert long.height > short.height
+        top = long.height // 2 + 8
+        below_the_caption = long.crop((0, top, long.width, top + 128)).convert("L")
+        assert sorted(set(below_the_caption.get_flattened_data())) == [150, 255]  # lime and white: no text
+
+    def test_does_not_enlarge_large_images(self):
+        grid = captioned_grid([Image.new("L", (200, 100), 60)], ["grey"])
+        assert grid.mode == "RGB"
+        assert grid.convert("L").histogram()[60] == pytest.approx(200 * 100, rel=0.01)
 
     def test_breaks_captions_between_words(self):
         font = ImageFont.load_default(13)

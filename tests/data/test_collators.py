@@ -1,5 +1,8 @@
 import io
+import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +127,65 @@ class TestImageCollator:
         examples[1]["label"] = label
         with pytest.raises(ValueError, match=f"label of example 101 must be an integer, got {label!r}"):
             ImageCollator("image", 16, label_column="label")(examples)
+
+    def test_names_become_their_numbers(self):
+        examples = self.examples(3)
+        for example, label in zip(examples, ["dog", "ant", 1]):
+            example["label"] = label
+        collate = ImageCollator("image", 16, label_column="label", num_classes=2, class_names=["ant", "dog"])
+        assert collate(examples)["cond_ids"].tolist() == [[1], [0], [1]]
+        examples[0]["label"] = "cat"
+        with pytest.raises(ValueError, match="label of example 100 must be one of 2 names, got 'cat'"):
+            collate(examples)
+
+    def test_gives_one_channel(self):
+        batch = ImageCollator("image", 16, in_channels=1)(self.examples())
+        assert torch.equal(
+            batch["pixels"], torch.stack([to_pixels(draw_shape(n, 16).convert("L"), 16) for n in range(4)])
+        )
+
+    def test_refuses_other_numbers_of_channels(self):
+        with pytest.raises(ValueError, match=r"1 channel \(grey\) or 3 \(RGB\), got 4"):
+            ImageCollator("image", 16, in_channels=4)
+
+    @pytest.mark.parametrize(
+        ("image", "message"),
+        [
+            (None, "there is none"),
+            (Image.fromarray(np.zeros((4, 4), np.float32)), "32-bit floats do not say what is white"),
+            (Image.fromarray(np.zeros((4, 4), np.int32)), "32-bit integers do not say what is white"),
+            (None, "exceeds limit"),
+        ],
+        ids=["none", "floats", "integers", "60,000²"],
+    )
+    def test_counts_images_that_it_cannot_decode_and_says_why(self, image, message):
+        examples = self.examples(2)
+        examples[1]["image"] = image and encoded(image, "TIFF")
+        if "limit" in message:
+            png = bytearray(encoded(Image.new("1", (8, 8)))["bytes"])
+            png[16:24] = struct.pack(">2I", 60_000, 60_000)
+            png[29:33] = struct.pack(">I", zlib.crc32(png[12:29]))
+            examples[1]["image"] = {"bytes": bytes(png), "path": None}
+        with pytest.raises(ValueError, match=f"example 101 cannot be decoded .*{message}.*skip_corrupt_images"):
+            ImageCollator("image", 16)(examples)
+        assert ImageCollator("image", 16, skip_corrupt_images=True)(examples)["counts"] == {
+            "images": 1,
+            "skipped_images": 1,
+        }
+
+
+def test_latent_collator_takes_names_of_classes():
+    examples = [{"latents": bytes(4), "label": name, "example_index": 7} for name in ("dog", "ant")]
+    collate = LatentCollator((1, 1, 2), label_column="label", num_classes=2, class_names=["ant", "dog"])
+    assert collate(examples)["cond_ids"].tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("latents", [b"", bytes(5), bytes(16), None])
+def test_latent_collator_stops_at_latents_of_another_length(latents):
+    examples = [{"latents": bytes(8), "example_index": 6}, {"latents": latents, "example_index": 7}]
+    found = len(latents or b"")
+    with pytest.raises(ValueError, match=f"latents of example 7 must have 8 bytes, got {found}"):
+        LatentCollator((1, 2, 2))(examples)
 
 
 def test_latent_collator_stops_at_a_label_that_is_no_class():

@@ -1,12 +1,13 @@
 import glob
+import json
 import shutil
 from pathlib import Path
 
 import datasets
 import pytest
-from shapes import CAPTIONS, create_shapes, draw_shape, write_parquet, write_shapes
+from shapes import CAPTIONS, SHAPES, create_shapes, draw_shape, write_parquet, write_shapes
 
-from rq_hf.data import decode_image, load_image_dataset
+from rq_hf.data import ImageCollator, decode_image, find_class_names, load_image_dataset, prepare_images
 
 streaming_or_not = pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streaming"])
 
@@ -28,6 +29,127 @@ def image_folder(folder, count=4):
     lines = ["file_name,text", *(f"{number}.png,{CAPTIONS[number]}" for number in range(count))]
     (folder / "metadata.csv").write_text("\n".join(lines))
     return folder
+
+
+def write_table(file, rows):
+    """A table of the kind that the file's name ends in."""
+    if file.suffix == ".csv":
+        lines = [list(rows[0]), *(row.values() for row in rows)]
+        file.write_text("\n".join(",".join("" if value is None else value for value in line) for line in lines))
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(file)
+
+
+@streaming_or_not
+class TestTableOfPaths:
+    @pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+    @pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
+    def test_gives_the_images(self, tmp_path, streaming, suffix, absolute):
+        folder = image_folder(tmp_path / "images")
+        paths = [str(folder / f"{n}.png") if absolute else f"images/{n}.png" for n in range(4)]
+        rows = [{"photo": path, "text": CAPTIONS[n]} for n, path in enumerate(paths)]
+        files = write_table(tmp_path / f"photos.{suffix}", rows)
+        dataset = load_image_dataset(data_files=files, image_column="photo", streaming=streaming)
+        examples = list(dataset)
+        assert [decode_image(example["photo"]).tobytes() for example in examples] == [
+            draw_shape(n, 16).tobytes() for n in range(4)
+        ]
+        assert [(example["example_index"], example["text"]) for example in examples] == list(enumerate(CAPTIONS[:4]))
+
+    def test_may_be_the_metadata_of_a_folder_of_images(self, tmp_path, streaming):
+        files = str(image_folder(tmp_path / "images") / "metadata.csv")
+        dataset = load_image_dataset(data_files=files, image_column="file_name", streaming=streaming)
+        assert [decode_image(example["file_name"]).size for example in dataset] == [(16, 16)] * 4
+
+    def test_names_the_file_that_an_example_lacks(self, tmp_path, streaming):
+        image_folder(tmp_path / "images")
+        rows = [{"image": "images/0.png"}, {"image": "0.png"}, {"image": None}]
+        dataset = load_image_dataset(data_files=write_table(tmp_path / "a.jsonl", rows), streaming=streaming)
+        _, absent, none = dataset
+        with pytest.raises(ValueError, match=f"example 1 cannot be decoded .*No such file.*{tmp_path / '0.png'}"):
+            ImageCollator("image", 8)([absent])
+        with pytest.raises(ValueError, match="example 2 cannot be decoded"):
+            ImageCollator("image", 8)([none])
+
+    @pytest.mark.parametrize("position", [0, 1])
+    def test_refuses_urls(self, tmp_path, streaming, position):
+        rows = [{"image": "0.png"}, {"image": "1.png"}]
+        rows[position]["image"] = "https://example.org/cat.png"
+        files = write_table(tmp_path / "a.csv", rows)
+        with pytest.raises(ValueError, match="'image' must hold images or paths .*got the URL 'https://.*download"):
+            list(load_image_dataset(data_files=files, streaming=streaming))
+
+    def test_refuses_paths_that_begin_nowhere(self, tmp_path, streaming):
+        message = "the column 'image' holds paths; .* only in data_files that are all in one folder"
+        for name in ("a", "b"):
+            image_folder(tmp_path / name)
+            write_table(tmp_path / name / "table.csv", [{"image": "0.png"}])
+        with pytest.raises(ValueError, match=message):
+            load_image_dataset(data_files=str(tmp_path / "*" / "table.csv"), streaming=streaming)
+        dataset = datasets.Dataset.from_dict({"image": ["a/0.png"]})
+        with pytest.raises(ValueError, match=message):
+            prepare_images(dataset.to_iterable_dataset() if streaming else dataset, "image")
+
+    @pytest.mark.parametrize("value", ["5", "[1, 2]"])
+    def test_refuses_what_is_no_image(self, tmp_path, streaming, value):
+        (tmp_path / "a.jsonl").write_text(f'{{"image": {value}}}')
+        with pytest.raises(ValueError, match="the column 'image' must hold images or paths of images, got .*int64"):
+            load_image_dataset(data_files=str(tmp_path / "a.jsonl"), streaming=streaming)
+
+
+@streaming_or_not
+class TestOwnDataset:
+    def test_may_hold_encoded_images(self, tmp_path, streaming):
+        image_folder(tmp_path / "images")
+        encoded = [(tmp_path / "images" / f"{n}.png").read_bytes() for n in range(2)]
+        dataset = datasets.Dataset.from_dict({"image": encoded})
+        examples = prepare_images(dataset.to_iterable_dataset() if streaming else dataset, "image")
+        assert [decode_image(example["image"]).tobytes() for example in examples] == [
+            draw_shape(n, 16).tobytes() for n in range(2)
+        ]
+
+    def test_may_come_from_a_generator(self, tmp_path, streaming):
+        if streaming:
+            dataset = datasets.IterableDataset.from_generator(drawn_shapes)
+        else:
+            dataset = datasets.Dataset.from_generator(drawn_shapes, cache_dir=tmp_path)
+        examples = list(prepare_images(dataset, "image"))
+        assert [example["example_index"] for example in examples] == [0, 1]
+        assert decode_image(examples[1]["image"]).tobytes() == draw_shape(1, 16).tobytes()
+
+
+def drawn_shapes():
+    for number in range(2):
+        yield {"image": draw_shape(number, 16), "label": number}
+
+
+class TestFindClassNames:
+    @streaming_or_not
+    def test_are_the_sorted_strings_of_the_column(self, tmp_path, streaming):
+        rows = [{"image": "0.png", "kind": kind} for kind in ("dog", "cat", "dog", "ant")]
+        dataset = load_image_dataset(data_files=write_table(tmp_path / "a.csv", rows), streaming=streaming)
+        assert find_class_names(dataset, "kind") == ["ant", "cat", "dog"]
+
+    @streaming_or_not
+    def test_are_those_that_the_data_set_declares(self, shape_files, streaming):
+        dataset = load_image_dataset(data_files=shape_files, streaming=streaming)
+        assert find_class_names(dataset, "label") == list(SHAPES)
+
+    @streaming_or_not
+    def test_numbers_have_none(self, tmp_path, streaming):
+        (tmp_path / "a.csv").write_text("image,kind\n0.png,3\n1.png,1")
+        dataset = load_image_dataset(data_files=str(tmp_path / "a.csv"), streaming=streaming)
+        assert find_class_names(dataset, "kind") is None
+
+    @streaming_or_not
+    def test_stop_at_a_label_that_is_missing(self, tmp_path, streaming):
+        rows = [{"image": "0.png", "kind": "cat"}, {"image": "1.png", "kind": None}]
+        dataset = load_image_dataset(data_files=write_table(tmp_path / "a.jsonl", rows), streaming=streaming)
+        with pytest.raises(ValueError, match="the label of example 1 must be a string, got None"):
+            find_class_names(dataset, "kind")
 
 
 class TestLoadImageDataset:

@@ -125,6 +125,11 @@ class TestLoadLatents:
         with pytest.raises(ValueError, match=f"there is no {tmp_path / 'latents.json'}"):
             load_latents(str(tmp_path), vae)
 
+    def test_refuses_a_broken_description(self, vae, tmp_path):
+        (tmp_path / "latents.json").write_text('{"shape": [4,')
+        with pytest.raises(ValueError, match="latents.json is broken .*extract the latents again"):
+            load_latents(str(tmp_path), vae)
+
     def test_names_the_columns_when_one_is_missing(self, folder, vae):
         with pytest.raises(ValueError, match=r"no column 'kind'; its columns are \['latents', 'text', 'label'\]"):
             load_latents(folder, vae, required_columns=("kind",))

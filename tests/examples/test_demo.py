@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from processes import run_script
 
 import rq_hf
 
@@ -40,6 +41,14 @@ def test_shipped_pipeline_draws_different_emoji_on_white(pipe):
     red_heart, blue_heart, _ = images[:, :, 24:40, 24:40].mean(dim=(2, 3))
     assert red_heart[0] > red_heart[2] + 0.3
     assert blue_heart[2] > blue_heart[0] + 0.3
+
+
+@pytest.mark.parametrize("output", ["grid.nope", "grid", "nowhere/grid.png"])
+def test_demo_notices_a_file_that_it_cannot_write_before_it_samples(tmp_path, output):
+    command = ["--model", str(tmp_path / "no model"), "--output", str(tmp_path / output)]
+    outcome = run_script(DEMO, *command)
+    assert outcome.code == 2
+    assert "--output must" in outcome.output and output in outcome.output
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prompt", "it's a fire engine"]])

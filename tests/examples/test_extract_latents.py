@@ -13,7 +13,7 @@ from shapes import CAPTIONS, create_shapes, draw_shape, write_parquet, write_sha
 from tiny import C, tiny_vae
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import describe_latents
+from rq_hf.data import describe_latents, find_class_names
 from rq_hf.images import to_pixels
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -165,6 +165,27 @@ class TestExtraction:
         assert f"--output_dir must be a new or an empty folder; there are files in {tmp_path}" in outcome.output
         assert [path.name for path in (tmp_path / "latents").iterdir()] == ["notes.txt"]
 
+    def test_refuses_a_file_instead_of_a_folder(self, extract, tmp_path):
+        (tmp_path / "latents").write_text("mine")
+        (outcome,) = extract(tmp_path / "latents")
+        assert f"--output_dir must be a new or an empty folder; {tmp_path / 'latents'} is a file" in outcome.output
+        assert (tmp_path / "latents").read_text() == "mine"
+
+    def test_keeps_names_of_classes(self, extract, tmp_path):
+        (outcome,) = extract(tmp_path / "latents", "--label_column", "text")
+        assert outcome.code == 0, outcome.output
+        dataset = datasets.load_dataset("parquet", data_files=str(tmp_path / "latents" / "*.parquet"), split="train")
+        assert list(dataset["text"]) == CAPTIONS[:COUNT]
+        assert find_class_names(dataset.add_column("example_index", range(COUNT)), "text") == sorted(CAPTIONS[:COUNT])
+
+    def test_encodes_grey_images(self, extract, tmp_path):
+        grey = tiny_vae(in_channels=1, out_channels=1)
+        grey.save_pretrained(tmp_path / "rqvae")
+        (outcome,) = extract(tmp_path / "latents", "--rqvae", tmp_path / "rqvae")
+        assert outcome.code == 0, outcome.output
+        pixels = [to_pixels(draw_shape(number, 16).convert("L"), RESOLUTION) for number in range(COUNT)]
+        assert_rounded(stored(tmp_path / "latents")[0], encoded(grey, torch.stack(pixels)))
+
     def test_fills_an_empty_folder(self, extract, tmp_path):
         (tmp_path / "latents").mkdir()
         (outcome,) = extract(tmp_path / "latents")
@@ -178,7 +199,6 @@ class TestExtraction:
             (["--batch_size", 0], "--batch_size must be at least 1, got 0"),
             (["--rows_per_file", 0], "--rows_per_file must be at least 1, got 0"),
             (["--text_column", "label"], "the caption of example 0 must be a string, got 0"),
-            (["--label_column", "text"], "the label of example 0 must be an integer, got 'a"),
             (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
             (["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
             (["--random_flip"], "random_flip"),

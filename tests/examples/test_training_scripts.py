@@ -297,6 +297,34 @@ def test_other_labels_train_too(script, labels, command, tmp_path):
     sample(RQPipeline.from_pretrained(tmp_path / "run" / "pipeline"))
 
 
+def test_grey_images_named_by_a_table_train_classes_with_names(command, tmp_path):
+    (tmp_path / "images").mkdir()
+    lines = ["image,kind"]
+    for number in range(COUNT):
+        draw_shape(number, RESOLUTION).save(tmp_path / "images" / f"{number}.png")
+        lines.append(f"images/{number}.png,{SHAPES[number % 3]}")
+    (tmp_path / "shapes.csv").write_text("\n".join(lines))
+    few = ["--data_files", tmp_path / "shapes.csv", "--max_train_steps", 3]
+
+    finish(RQVAE, command(RQVAE, tmp_path / "rqvae", *few, "--in_channels", 1, *DISCRIMINATOR))
+    rqvae = tmp_path / "rqvae" / "rqvae"
+    assert RQVAEModel.from_pretrained(rqvae).config.in_channels == 1
+    assert logged(tmp_path / "rqvae")[-1]["loss_discriminator"] > 0
+    finish(CLASSES, command(CLASSES, tmp_path / "run", *few, "--label_column", "kind", "--rqvae", rqvae))
+    pipe = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    config = pipe.transformer.config
+    assert (config.cond_vocab_size, config.null_cond_id) == (4, 3)
+    assert config.id2label == {0: "circle", 1: "square", 2: "triangle"}
+    assert config.label2id == {"circle": 0, "square": 1, "triangle": 2}
+    assert sample(pipe).images[0].mode == "L"
+
+
+def test_classes_that_the_data_set_declares_keep_their_names(command, tmp_path):
+    finish(CLASSES, command(CLASSES, tmp_path / "run", "--max_train_steps", 1, "--image_logging_steps", 0))
+    config = RQPipeline.from_pretrained(tmp_path / "run" / "pipeline").transformer.config
+    assert config.id2label == dict(enumerate(SHAPES))
+
+
 def test_without_a_label_column_the_model_is_unconditional(command, tmp_path):
     arguments = command(CLASSES, tmp_path / "run")
     at = arguments.index("--label_column")
@@ -385,6 +413,15 @@ def test_tokenizer_is_trained_on_strings_only(streaming, captions, message, comm
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
+def test_numbers_that_are_not_declared_as_classes_need_their_number(command, tmp_path):
+    rows = create_shapes(COUNT, RESOLUTION).remove_columns("label").add_column("kind", [n % 3 for n in range(COUNT)])
+    options = ["--data_files", write_parquet(rows, tmp_path / "numbers"), "--label_column", "kind"]
+    options += ["--max_train_steps", 1, "--image_logging_steps", 0]
+    outcome = start(CLASSES, command(CLASSES, tmp_path / "run", *options))
+    assert "does not declare the classes of 'kind': pass --num_classes" in outcome.output
+    finish(CLASSES, command(CLASSES, tmp_path / "run", *options, "--num_classes", 3))
+
+
 @each_script
 def test_help_shows_the_manual(script):
     outcome = run_script(script, "--help")
@@ -447,7 +484,7 @@ class TestCorruptImage:
         (TEXT, ["--soft_label_temperature", "0"], "--soft_label_temperature must be greater than 0, got 0.0"),
         (TEXT, ["--labels", "weak"], "invalid choice: 'weak'"),
         (TEXT, ["--validation_prompts", "a" * 9], "a prompt may have at most 6 tokens"),
-        (CLASSES, ["--label_column", "text"], "does not declare the classes of 'text': pass --num_classes"),
+        (RQVAE, ["--in_channels", "4"], "invalid choice: 4 (choose from 1, 3)"),
         (CLASSES, ["--num_classes", "2"], "must lie in [0, 2), got 2"),
         (CLASSES, ["--labl_column", "label"], "labl_column"),
     ],

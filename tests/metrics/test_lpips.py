@@ -13,6 +13,11 @@ def test_is_zero_for_equal_images_and_grows_with_the_difference():
     assert distances[0] == 0 and distances[0] < distances[1] < distances[2]
 
 
+def test_of_one_channel_is_that_of_grey_images():
+    lpips, (grey, other) = LPIPS(), torch.rand(2, 2, 1, 32, 32) * 2 - 1
+    assert torch.equal(lpips(grey, other), lpips(grey.expand(-1, 3, -1, -1), other.expand(-1, 3, -1, -1)))
+
+
 def test_computes_in_single_precision_under_autocast():
     lpips, pixels = LPIPS(), torch.rand(1, 3, 32, 32)
     expected = lpips(pixels, -pixels)

@@ -5,6 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from shapes import draw_shape
 from tiny import (
     CALLS,
     CONDITIONS,
@@ -29,6 +30,7 @@ from tiny import (
 
 from rq_hf import RQPipeline, RQPipelineOutput
 from rq_hf.data import ImageCollator
+from rq_hf.images import to_pixels
 
 GREEDY = {"do_sample": False, "output_type": "latent"}
 
@@ -362,6 +364,59 @@ def test_sizes_that_the_encoder_cannot_divide_are_errors(pipe, as_input, height,
 def test_pictures_of_different_sizes_are_an_error(pipe):
     with pytest.raises(ValueError, match=r"the same size, got \[\(4, 2\), \(4, 4\)\]"):
         pipe.encode_image([PIL.Image.new("RGB", (4, 4)), PIL.Image.new("RGB", (4, 2))])
+
+
+def test_resized_pictures_are_those_of_training(pipe):
+    pictures = [draw_shape(n, side) for n, side in enumerate((8, 21, 40))]
+    pictures[1] = pictures[1].crop((0, 3, 21, 16)).convert("RGBA")
+    examples = [{"image": picture, "example_index": n} for n, picture in enumerate(pictures)]
+    expected = pipe.vae.get_codes(ImageCollator("image", pipe.vae.config.sample_size)(examples)["pixels"])
+    assert torch.equal(pipe.encode_image(pictures, resize=True), expected)
+    assert torch.equal(pipe.encode_image(pictures[1], resize=True), expected[1:2])
+    reconstructed = pipe.reconstruct(pictures, resize=True, output_type="np")
+    assert np.array_equal(reconstructed, pipe.decode_codes(expected, output_type="np"))
+
+
+def test_errors_about_the_size_of_pictures_name_resize(pipe):
+    for pictures in ([draw_shape(0, 7)], [draw_shape(0, 8), draw_shape(0, 16)]):
+        with pytest.raises(ValueError, match="resize=True"):
+            pipe.encode_image(pictures)
+        assert pipe.encode_image(pictures, resize=True).shape == (len(pictures), 4, 4, D)
+
+
+@pytest.mark.parametrize("method", ["encode_image", "reconstruct"])
+@pytest.mark.parametrize(
+    ("image", "resize", "error", "message"),
+    [
+        (torch.rand(1, 3, 9, 9), True, TypeError, "resize=True takes PIL images, got .*Tensor"),
+        (np.zeros((9, 9, 3)), True, TypeError, "resize=True takes PIL images, got .*ndarray"),
+        (PIL.Image.new("RGB", (8, 8)), "crop", TypeError, "resize must be True or False, got 'crop'"),
+        ([PIL.Image.new("RGB", (8, 8)), torch.rand(3, 8, 8)], False, TypeError, r"of one kind, got \['Image', 'Ten"),
+        ([], False, ValueError, "got an empty list"),
+        (PIL.Image.new("F", (8, 8)), False, ValueError, "32-bit floats do not say what is white"),
+    ],
+)
+def test_images_that_cannot_be_prepared_are_errors(pipe, method, image, resize, error, message):
+    with pytest.raises(error, match=message):
+        getattr(pipe, method)(image, resize=resize)
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_one_channel_is_grey(resize):
+    vae = tiny_vae(in_channels=1, out_channels=1)
+    pipe, picture = RQPipeline(vae, None), draw_shape(0, 20 if resize else 8)
+    codes = pipe.encode_image(picture, resize=resize)
+    assert torch.equal(codes, vae.get_codes(to_pixels(picture.convert("L"), 8)[None]))
+    (grey,) = pipe.decode_codes(codes)
+    assert (grey.mode, grey.size) == ("L", (8, 8))
+    assert pipe.decode_codes(codes, output_type="np").shape == (1, 8, 8, 1)
+    assert torch.equal(pipe.encode_image(torch.ones(1, 1, 8, 8)), vae.get_codes(torch.ones(1, 1, 8, 8)))
+
+
+def test_pictures_of_four_channels_are_errors():
+    vae = tiny_vae(in_channels=4, out_channels=4)
+    with pytest.raises(ValueError, match=r"1 channel \(grey\) or 3 \(RGB\), got 4"):
+        RQPipeline(vae, None).encode_image(PIL.Image.new("RGBA", (8, 8)))
 
 
 @pytest.mark.parametrize("depth", [None, 1, D])

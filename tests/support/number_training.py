@@ -8,6 +8,7 @@ from processes import die_while_saving, run
 from torch import nn
 
 from rq_hf.data import TrainingStream
+from rq_hf.images import image_grid
 from rq_hf.training import Checkpoints, LossOutput, RunArguments, log_images, train
 
 STEPS = 6
@@ -54,7 +55,7 @@ def run_training(output_dir, arguments, model=Noisy, die_at=None):
         run.create_scheduler(optimizer),
         stream,
         compute_loss,
-        evaluate=lambda step: log_images(accelerator, {"noise": torch.rand(2, 3, 4, 4)}, step),
+        evaluate=lambda step: log_images(accelerator, {"noise": image_grid(torch.rand(2, 3, 4, 4))}, step),
         units_per_image={"digits": 3},
         configuration={"purpose": "test"},
         **run.training_options(),

@@ -1,10 +1,14 @@
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from tiny import CONDITIONS, C, D, K, same_state, tiny_pixels, tiny_transformer, tiny_vae
+from PIL import Image
+from processes import run
+from tiny import CONDITIONS, C, D, K, same_state, tiny_pipeline, tiny_pixels, tiny_transformer, tiny_vae
 
+from rq_hf.images import captioned_grid
 from rq_hf.training import RQTransformerLoss, create_transformer, effective_codewords, load_transformer
-from rq_hf.training.rq_transformer import pipeline_card, validation_losses
+from rq_hf.training.loop import create_accelerator
+from rq_hf.training.rq_transformer import log_samples, pipeline_card, validation_losses
 
 GRID = 4
 
@@ -151,6 +155,33 @@ def test_validation_losses_are_those_of_the_nearest_codes_and_all_conditions(spl
     assert actual["validation/loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
     depth_losses = [actual[f"validation/loss_depth_{d}"] for d in range(1, D + 1)]
     torch.testing.assert_close(torch.tensor(depth_losses), expected.depth_losses)
+
+
+def log_samples_of(kind, arguments, folder):
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline(kind)
+    if kind == "class":
+        pipeline.transformer.config.id2label = {0: "cat", 2: "dog"}
+    log_samples(create_accelerator(folder, cpu=True), pipeline, arguments, step=3)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, captions",
+    [
+        ("text", {"prompt": ["red apple", "fire engine"]}, ["red apple", "fire engine"]),
+        ("class", {"class_labels": [2, 0, 1]}, ["dog", "cat", "LABEL_1"]),
+        ("none", {"num_images_per_prompt": 2}, ["", ""]),
+    ],
+)
+def test_samples_are_logged_with_their_conditions(kind, arguments, captions, tmp_path):
+    outcome = run(log_samples_of, kind, arguments, tmp_path)
+    assert outcome.code == 0, outcome.output
+    torch.manual_seed(0)
+    images = tiny_pipeline(kind)(**arguments, generator=torch.Generator().manual_seed(0)).images
+    logged = Image.open(tmp_path / "images" / "samples-0000003.png")
+    assert logged.tobytes() == captioned_grid(images, captions).tobytes()
+    if captions[0]:
+        assert logged.tobytes() != captioned_grid(images, captions[::-1]).tobytes()
 
 
 @pytest.mark.parametrize("kind, tag", [("text", "text-to-image"), ("class", "unconditional-image-generation")])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,7 +7,7 @@ from tiny import D, K, same_state, tiny_pixels, tiny_vae
 
 from rq_hf.metrics import LPIPS, codebook_usage, count_codes, psnr
 from rq_hf.training import RQVAELoss, initialize_codebook, rqvae_card
-from rq_hf.training.rq_vae import reconstructions, validation_metrics
+from rq_hf.training.rq_vae import reconstruction_grid, reconstructions, validation_metrics
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_reconstructions_go_from_coarse_to_fine(pixels):
     torch.testing.assert_close(images[0], pixels / 2 + 0.5)
     torch.testing.assert_close(images[-1], vae(pixels).sample / 2 + 0.5)
     torch.testing.assert_close(images[1], vae.decode_codes(vae.get_codes(pixels), depth=1).sample / 2 + 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstruction_grid_has_a_row_for_every_image(channels):
+    vae = tiny_vae(in_channels=channels, out_channels=channels, mid_block_add_attention=False)
+    pixels = tiny_pixels(2, 128, 128, channels)
+    grid = reconstruction_grid(vae, pixels)
+    cell_width, cell_height = grid.width // (D + 1), grid.height // 2
+    images = reconstructions(vae, pixels).clamp(0, 1).expand(-1, 3, -1, -1).unflatten(0, (D + 1, 2))
+    for d in range(D + 1):
+        for i in range(2):
+            left, top = d * cell_width + (cell_width - 128) // 2, i * cell_height + 8
+            shown = np.asarray(grid.crop((left, top, left + 128, top + 128))) / 255
+            np.testing.assert_allclose(shown.transpose(2, 0, 1), images[d, i], atol=0.6 / 255)
+            legend = grid.crop((left, top + 128, left + 128, (i + 1) * cell_height))
+            assert legend.convert("L").getextrema()[0] < 128
 
 
 def test_first_codebook_is_the_k_means_of_the_features(pixels):

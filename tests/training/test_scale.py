@@ -30,7 +30,8 @@ from torch.distributed.fsdp import fully_shard
 from training_process import die_around_step, set_environment, shard_on_cpus, train_and_keep
 
 from rq_hf import RQTransformerModel, RQVAEModel
-from rq_hf.data import load_image_dataset, prepare_images
+from rq_hf.data import load_image_dataset
+from rq_hf.data.loading import number_examples
 from rq_hf.models.rq_transformer.modeling_rq_transformer import RQBlock
 
 CONFIGS = EXAMPLES / "accelerate_configs"
@@ -174,7 +175,7 @@ class TestTwoRanksShareAStream:
     def test_of_a_generator(self, num_shards, shuffle_buffer_size):
         shards = [range(start, 13, num_shards) for start in range(num_shards)]
         dataset = datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": shards})
-        self.check(prepare_images(dataset, "image"), "number", list(range(13)), shuffle_buffer_size)
+        self.check(number_examples(dataset), "number", list(range(13)), shuffle_buffer_size)
 
     def check(self, dataset, column, expected, shuffle_buffer_size):
         """Each epoch has every example once."""

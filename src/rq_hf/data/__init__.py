@@ -8,7 +8,7 @@ from .latents import (
     write_description,
     write_latents,
 )
-from .loading import load_image_dataset, prepare_images
+from .loading import find_class_names, find_features, load_image_dataset, prepare_images
 from .stream import TrainingStream
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "caption_of",
     "decode_image",
     "describe_latents",
+    "find_class_names",
+    "find_features",
     "first_batches",
     "label_of",
     "latents_shape",

@@ -6,21 +6,26 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 """
 
 import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..images import to_pixels, to_rgb
+from ..images import color_mode, to_pixels, to_rgb
 from ..text import encode_captions
-from .latents import bytes_to_latents
+from .latents import DTYPE, bytes_to_latents
 
 
-def decode_image(value: Image.Image | dict) -> Image.Image:
-    """An image column's value (PIL image, or undecoded `{"bytes", "path"}`) -> RGB; transparent parts become white."""
+def decode_image(value: Image.Image | dict | bytes) -> Image.Image:
+    """An image column's value (PIL image, undecoded `{"bytes", "path"}`, or bytes) -> RGB, see [`to_rgb`]."""
+    if value is None:
+        raise ValueError("there is none")
+    if isinstance(value, bytes):
+        value = {"bytes": value, "path": None}
     return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
@@ -32,26 +37,33 @@ def caption_of(example: dict, column: str) -> str:
     return caption
 
 
-def label_of(example: dict, column: str, num_classes: int | None = None) -> int:
-    """Raises `ValueError` with the example's index for a label that is not an integer, or, with `num_classes`, not in
-    [0, num_classes)."""
+def label_of(
+    example: dict, column: str, num_classes: int | None = None, class_names: Sequence[str] | None = None
+) -> int:
+    """
+    The number of an example's class: its label, or the index of its label among `class_names`.
+
+    Raises `ValueError` with the example's index for a label that is neither an integer nor one of `class_names`, or
+    that does not lie in [0, num_classes).
+    """
+    label, index = example[column], example["example_index"]
+    if class_names is not None and isinstance(label, str):
+        if label not in class_names:
+            raise ValueError(f"the label of example {index} must be one of {len(class_names)} names, got {label!r}")
+        label = class_names.index(label)
     try:
-        label = int(operator.index(example[column]))
+        label = int(operator.index(label))
     except TypeError as error:
-        raise ValueError(
-            f"the label of example {example['example_index']} must be an integer, got {example[column]!r}"
-        ) from error
+        raise ValueError(f"the label of example {index} must be an integer, got {label!r}") from error
     if num_classes is not None and not 0 <= label < num_classes:
-        raise ValueError(
-            f"the label of example {example['example_index']} must lie in [0, {num_classes}), got {label}"
-        )
+        raise ValueError(f"the label of example {index} must lie in [0, {num_classes}), got {label}")
     return label
 
 
 class ImageCollator:
     """
-    Examples -> `pixels` `(B, 3, resolution, resolution)` in [-1, 1], `counts` and, with a text or label column,
-    `cond_ids`.
+    Examples -> `pixels` `(B, in_channels, resolution, resolution)` in [-1, 1], `counts` and, with a text or label
+    column, `cond_ids`.
 
     Args:
         image_column: column with the images.
@@ -62,9 +74,11 @@ class ImageCollator:
         label_column: labels become classes `(B, 1)`.
         center_crop: keep the middle square of an image; otherwise squeeze it into a square.
         num_classes: labels must lie in [0, num_classes); `None` accepts any integer.
+        class_names: labels may also be names; a name becomes its index here.
+        in_channels: of the pixels: 1, grey, or 3, RGB.
 
     Calling it raises `ValueError` with the example's index for a caption that is not a string, for a label that is
-    not an integer or out of range, and for an image that cannot be decoded, unless `skip_corrupt_images`.
+    no class, and for an image that cannot be decoded, unless `skip_corrupt_images`.
     """
 
     def __init__(
@@ -78,6 +92,8 @@ class ImageCollator:
         label_column: str | None = None,
         center_crop: bool = True,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        in_channels: int = 3,
     ):
         self.image_column = image_column
         self.resolution = resolution
@@ -88,6 +104,8 @@ class ImageCollator:
         self.label_column = label_column
         self.center_crop = center_crop
         self.num_classes = num_classes
+        self.class_names = class_names
+        self.mode = color_mode(in_channels)
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
         pixels, decoded = self.decode(examples)
@@ -98,16 +116,18 @@ class ImageCollator:
             mirrored = torch.rand(len(decoded)) < 0.5
             pixels[mirrored] = pixels[mirrored].flip(-1)
         conditions, more_counts = encode_conditions(
-            decoded, self.text_column, self.tokenizer, self.label_column, self.num_classes
+            decoded, self.text_column, self.tokenizer, self.label_column, self.num_classes, self.class_names
         )
         return {"pixels": pixels, **conditions, "counts": counts | more_counts}
 
     def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
-        """Pixels `(B, 3, resolution, resolution)` of the examples whose image can be decoded, and these examples."""
+        """Pixels `(B, in_channels, resolution, resolution)` of the examples whose image can be decoded, and these
+        examples."""
         pixels, decoded = [], []
         for example in examples:
             try:
-                image = decode_image(example[self.image_column])
+                image = decode_image(example[self.image_column]).convert(self.mode)
+                pixels.append(to_pixels(image, self.resolution, self.center_crop))
             except Exception as error:
                 if self.skip_corrupt_images:
                     continue
@@ -115,7 +135,6 @@ class ImageCollator:
                     f"the image of example {example['example_index']} cannot be decoded ({error}); "
                     "skip_corrupt_images leaves such examples out and counts them"
                 ) from error
-            pixels.append(to_pixels(image, self.resolution, self.center_crop))
             decoded.append(example)
         return torch.stack(pixels) if decoded else torch.empty(0), decoded
 
@@ -127,9 +146,10 @@ class LatentCollator:
 
     Args:
         shape: of one example's latents, `(H, W, C)`.
-        text_column, tokenizer, label_column, num_classes: see [`ImageCollator`].
+        text_column, tokenizer, label_column, num_classes, class_names: see [`ImageCollator`].
 
-    Calling it raises `ValueError` for a caption or a label like [`ImageCollator`].
+    Calling it raises `ValueError` for a caption or a label like [`ImageCollator`], and with the example's index for
+    latents of another length.
     """
 
     def __init__(
@@ -139,17 +159,24 @@ class LatentCollator:
         tokenizer: PreTrainedTokenizerBase | None = None,
         label_column: str | None = None,
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         self.shape = shape
         self.text_column = text_column
         self.tokenizer = tokenizer
         self.label_column = label_column
         self.num_classes = num_classes
+        self.class_names = class_names
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
+        size = math.prod(self.shape) * DTYPE.itemsize
+        for example in examples:
+            index, found = example["example_index"], len(example["latents"] or b"")
+            if found != size:
+                raise ValueError(f"the latents of example {index} must have {size} bytes, got {found}")
         latents = bytes_to_latents([example["latents"] for example in examples], self.shape)
         conditions, counts = encode_conditions(
-            examples, self.text_column, self.tokenizer, self.label_column, self.num_classes
+            examples, self.text_column, self.tokenizer, self.label_column, self.num_classes, self.class_names
         )
         return {"latents": latents, **conditions, "counts": {"images": len(examples), **counts}}
 
@@ -174,6 +201,7 @@ def encode_conditions(
     tokenizer: PreTrainedTokenizerBase | None,
     label_column: str | None,
     num_classes: int | None,
+    class_names: Sequence[str] | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """
     `cond_ids` of examples, see [`ImageCollator`], and the count of `truncated_captions`; nothing without a column.
@@ -186,5 +214,6 @@ def encode_conditions(
         cond_ids, num_tokens = encode_captions(tokenizer, captions, length)
         return {"cond_ids": cond_ids}, {"truncated_captions": sum(n > length for n in num_tokens)}
     if label_column is not None:
-        return {"cond_ids": torch.tensor([[label_of(example, label_column, num_classes)] for example in examples])}, {}
+        labels = [[label_of(example, label_column, num_classes, class_names)] for example in examples]
+        return {"cond_ids": torch.tensor(labels)}, {}
     return {}, {}

@@ -14,7 +14,7 @@ import datasets
 import torch
 
 from ..models import RQVAEModel
-from .loading import load_image_dataset
+from .loading import check_columns, find_files, load_files, number_examples
 
 DESCRIPTION = "latents.json"
 DTYPE = torch.bfloat16
@@ -72,19 +72,21 @@ def load_latents(
     Opens a folder of latents that were extracted with `vae`.
 
     Raises:
-        `ValueError`: a folder without latents, latents of another RQ-VAE, or a missing column.
+        `ValueError`: a folder without latents or with a broken description, latents of another RQ-VAE, or a missing
+        column.
     """
     description = Path(folder, DESCRIPTION)
     if not description.exists():
         raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")
-    found, needed = json.loads(description.read_text()), describe_latents(vae)
+    try:
+        found = json.loads(description.read_text())
+    except ValueError as error:
+        raise ValueError(f"{description} is broken ({error}): extract the latents again") from error
+    needed = describe_latents(vae)
     if found != needed:
         raise ValueError(
             f"{folder} was extracted with another RQ-VAE: its {DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
         )
-    return load_image_dataset(
-        data_files=str(Path(glob.escape(folder), "*.parquet")),
-        streaming=streaming,
-        image_column="latents",
-        required_columns=required_columns,
-    )
+    dataset = load_files(find_files(str(Path(glob.escape(folder), "*.parquet"))), "train", streaming)
+    check_columns(dataset, ("latents", *required_columns))
+    return number_examples(dataset)

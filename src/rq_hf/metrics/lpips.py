@@ -64,7 +64,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, pixels: torch.Tensor, other_pixels: torch.Tensor) -> torch.Tensor:
-        """Distances `(B,)` between images `(B, 3, height, width)` in [-1, 1]."""
+        """Distances `(B,)` between images `(B, 3, height, width)`, or grey `(B, 1, height, width)`, in [-1, 1]."""
         with torch.autocast(pixels.device.type, enabled=False):
             pairs = zip(self.extract(pixels), self.extract(other_pixels), strict=True)
             return sum(

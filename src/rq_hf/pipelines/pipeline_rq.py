@@ -14,9 +14,9 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from ..images import to_rgb
+from ..images import color_mode, to_pixels, to_rgb
 from ..models import RQTransformerModel, RQVAEModel
-from ..models.argument_checks import check_size
+from ..models.argument_checks import check_bool, check_size
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
@@ -284,26 +284,40 @@ class RQPipeline(DiffusionPipeline):
             self.vae.fuse_blocks()
 
     @torch.no_grad()
-    def encode_image(self, image: PipelineImageInput) -> torch.Tensor:
-        """Images (PIL, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]) -> codes.
+    def encode_image(self, image: PipelineImageInput, resize: bool = False) -> torch.Tensor:
+        """Images -> their codes `(B, H, W, D)`.
 
-        PIL images become grey for an RQ-VAE of one channel. Images are not resized: raises `ValueError` where the
-        encoder cannot divide their sides, and for pixels outside [0, 1]; `TypeError` for integer pixels.
+        Args:
+            image: PIL images, arrays `(B, height, width, 3)` or tensors `(B, 3, height, width)` in [0, 1]. PIL images
+                are made white where they are transparent, and grey for an RQ-VAE of one channel.
+            resize (`bool`): prepare PIL images of any size as for training: resize the shorter side to
+                `vae.config.sample_size`, with bilinear filtering, and keep the centre.
+
+        Raises:
+            `ValueError`: no images; pixels outside [0, 1]; PIL images of 32-bit integers or floats; without `resize`,
+                sides that the encoder cannot divide, or images of different sizes.
+            `TypeError`: integer pixels, a mixture of PIL images and arrays or tensors, or `resize` without PIL images.
         """
         self._require("vae")
-        rows, columns = self.vae.pixels_per_code
-        mode = "L" if self.vae.config.in_channels == 1 else "RGB"
+        check_bool("resize", resize)
         images = image if isinstance(image, list) else [image]
-        images = [to_rgb(i).convert(mode) if isinstance(i, PIL.Image.Image) else i for i in images]
-        sizes = {i.size for i in images if isinstance(i, PIL.Image.Image)}
-        if len(sizes) > 1:
-            raise ValueError(f"images of one batch must have the same size, got {sorted(sizes)}")
-        if any(width % columns or height % rows for width, height in sizes):
-            raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
-        for i in images:
-            if not isinstance(i, PIL.Image.Image):
+        if not images:
+            raise ValueError("image must be an image or a list of images, got an empty list")
+        channels = self.vae.config.in_channels
+        converted = [to_rgb(i).convert(color_mode(channels)) for i in images if isinstance(i, PIL.Image.Image)]
+        if len(converted) not in (0, len(images)):
+            raise TypeError(f"images of one batch must be of one kind, got {[type(i).__name__ for i in images]}")
+        if resize and not converted:
+            raise TypeError(f"resize=True takes PIL images, got {type(images[0])}")
+        if resize:
+            pixels = torch.stack([to_pixels(i, self.vae.config.sample_size) for i in converted])
+        elif converted:
+            check_sizes({i.size for i in converted}, self.vae.pixels_per_code)
+            pixels = self.image_processor.preprocess(converted)
+        else:
+            for i in images:
                 check_unit_range(i)
-        pixels = self.image_processor.preprocess(images if sizes else image)
+            pixels = self.image_processor.preprocess(image)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
     @torch.no_grad()
@@ -322,16 +336,32 @@ class RQPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
 
     def reconstruct(
-        self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
+        self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil", resize: bool = False
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
-        """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
+        """Images, encoded (see [`encode_image`] for `resize`) and decoded; with `depth=d` from the first d codes of
+        every position."""
         check_output_type(output_type, IMAGE_TYPES)
-        return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
+        return self.decode_codes(self.encode_image(image, resize), depth=depth, output_type=output_type)
 
 
 def check_output_type(output_type: str, accepted: Sequence[str]) -> None:
     if output_type not in accepted:
         raise ValueError(f"output_type must be one of {accepted}, got {output_type!r}")
+
+
+def check_sizes(sizes: set[tuple[int, int]], pixels_per_code: tuple[int, int]) -> None:
+    """Raises `ValueError` unless there is one (width, height), divisible by (rows, columns) of pixels per code."""
+    rows, columns = pixels_per_code
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of one batch must have the same size, got {sorted(sizes)}; resize=True gives them one"
+        )
+    (size,) = sizes
+    if size[0] % columns or size[1] % rows:
+        raise ValueError(
+            f"width and height must be divisible by {columns} and {rows}, got {size}; resize=True makes images of any "
+            "size fit"
+        )
 
 
 def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:

@@ -412,11 +412,13 @@ class TransformerArguments:
     def create_collator(
         self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
     ) -> ImageCollator | LatentCollator:
-        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer and the number of
-        classes."""
+        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
+        of the classes."""
         if self.latents is not None:
             return LatentCollator(latents_shape(vae), **conditions)
-        return data.create_collator(vae.config.sample_size, random_flip=data.random_flip, **conditions)
+        return data.create_collator(
+            vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
+        )
 
     def create_model(self, vae: RQVAEModel, **conditions) -> RQTransformerModel:
         """A new or a trained transformer; `conditions` are `cond_vocab_size`, `cond_length` and `null_cond_id`."""
@@ -478,7 +480,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         if isinstance(action.const, bool):
             return action.option_strings[0]
-        kind = getattr(action.type, "__name__", "value") if action.choices is None else "|".join(action.choices)
+        kind = "|".join(map(str, action.choices or [])) or getattr(action.type, "__name__", "value")
         return f"{action.option_strings[0]} {kind}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import TrainingStream
+from ..images import captioned_grid
 from ..model_cards import PIPELINE_USAGE, model_card
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
@@ -239,11 +240,29 @@ def evaluate_pipeline(
 
 
 def log_samples(accelerator: Accelerator, pipeline: RQPipeline, arguments: dict, step: int) -> None:
-    """Logs images that the pipeline generates, from the same seed at every step."""
+    """Logs images that the pipeline generates, from the same seed at every step, with their prompts or classes."""
     generator = torch.Generator(accelerator.device).manual_seed(0)
     with accelerator.autocast():
-        images = pipeline(**arguments, generator=generator, output_type="pt").images
-    log_images(accelerator, {"samples": images}, step)
+        images = pipeline(**arguments, generator=generator).images
+    captions = sample_captions(pipeline.transformer.config, len(images), **arguments)
+    log_images(accelerator, {"samples": captioned_grid(images, captions)}, step)
+
+
+def sample_captions(
+    config: RQTransformerConfig,
+    count: int,
+    *,
+    prompt: list[str] | None = None,
+    class_labels: list[int] | None = None,
+    **others,
+) -> list[str]:
+    """What `count` samples of a call of the pipeline show: prompts, classes by name (`LABEL_0` where they have none),
+    or nothing."""
+    if prompt is not None:
+        return prompt
+    if class_labels is not None:
+        return [config.id2label.get(label, f"LABEL_{label}") for label in class_labels]
+    return [""] * count
 
 
 def save_pipeline(

@@ -1,6 +1,6 @@
 """Stage 1: the objective of the RQ-VAE (Lee et al., CVPR 2022, section 3.1.3), its validation and its first codebook.
 
-Pixels are `(B, 3, height, width)` in [-1, 1].
+Pixels are `(B, channels, height, width)` in [-1, 1].
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 
+from ..images import captioned_grid
 from ..metrics import LPIPS, codebook_usage, count_codes, psnr
 from ..model_cards import RQVAE_USAGE, model_card
 from ..models import RQVAEModel
@@ -98,10 +101,19 @@ def initialize_codebook(model: RQVAEModel, batches: Iterable[torch.Tensor]) -> N
 
 @torch.no_grad()
 def reconstructions(model: RQVAEModel, pixels: torch.Tensor) -> torch.Tensor:
-    """The images in [0, 1], then their reconstructions from the first d codes for d = 1..D: `(B + D·B, 3, ...)`."""
+    """The images in [0, 1], then their reconstructions from the first d codes for d = 1..D: `(B + D·B, ...)`."""
     codes = model.get_codes(pixels.to(model.device))
     samples = [model.decode_codes(codes, depth=d).sample.cpu() for d in range(1, model.config.depth + 1)]
     return torch.cat([pixels, *samples]) / 2 + 0.5
+
+
+def reconstruction_grid(model: RQVAEModel, pixels: torch.Tensor) -> Image.Image:
+    """One row for every image of the pixels: the image, then its reconstructions, coarse to fine."""
+    depth = model.config.depth
+    by_depth = reconstructions(model, pixels).float().clamp(0, 1).unflatten(0, (1 + depth, len(pixels)))
+    images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(by_depth.transpose(0, 1).flatten(0, 1)))
+    legend = ["original", *(f"depth {d}" for d in range(1, depth + 1))]
+    return captioned_grid(images, legend * len(pixels), columns=1 + depth)
 
 
 @torch.no_grad()
@@ -132,8 +144,8 @@ def evaluate_reconstructions(
     perceptual: LPIPS | None,
     step: int,
 ) -> dict[str, float]:
-    """Logs [`reconstructions`] of the pixels `shown`; returns [`validation_metrics`] of batches of pixels, if any."""
-    log_images(accelerator, {"reconstructions": reconstructions(model, shown)}, step)
+    """Logs the [`reconstruction_grid`] of the pixels `shown`; returns [`validation_metrics`] of batches, if any."""
+    log_images(accelerator, {"reconstructions": reconstruction_grid(model, shown)}, step)
     return validation_metrics(model, held_out, perceptual) if held_out else {}
 
 

@@ -1,4 +1,4 @@
-"""What a run logs: JSON lines, means and speed, and grids of images."""
+"""What a run logs: JSON lines, means and speed, and images."""
 
 import json
 import time
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..images import image_grid
 from .ema import gather_full
 
 
@@ -44,19 +44,17 @@ class JSONLinesTracker(GeneralTracker):
             file.write(json.dumps(values) + "\n")
 
 
-def log_images(accelerator: Accelerator, images: dict[str, torch.Tensor], step: int) -> None:
-    """Writes images `(B, 3, height, width)` in [0, 1] as grids to `images/` in the output folder and to
-    TensorBoard."""
+def log_images(accelerator: Accelerator, images: dict[str, Image.Image], step: int) -> None:
+    """Writes RGB images to `images/` in the output folder and to TensorBoard."""
     if not accelerator.is_main_process:
         return
     folder = Path(accelerator.project_dir) / "images"
     folder.mkdir(exist_ok=True)
-    for name, batch in images.items():
-        grid = image_grid(batch)
-        grid.save(folder / f"{name}-{step:07d}.png")
+    for name, image in images.items():
+        image.save(folder / f"{name}-{step:07d}.png")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+                tracker.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
 
 
 class Meter:
