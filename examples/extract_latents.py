@@ -132,7 +132,7 @@ def encode(
 
 
 def main() -> None:
-    data, args = parse_arguments(DatasetArguments, ExtractionArguments, description=__doc__)
+    data, args = parse_arguments(DatasetArguments, ExtractionArguments, description=__doc__, sections=())
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir must be a new or an empty folder; {output_dir} is a file")

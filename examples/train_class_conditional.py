@@ -75,6 +75,7 @@ def main() -> None:
         ValidationArguments,
         ClassArguments,
         description=__doc__,
+        sections=("transformer",),
     )
     accelerator = run.create_accelerator()
 

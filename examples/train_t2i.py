@@ -104,6 +104,7 @@ def main() -> None:
         ValidationArguments,
         TextArguments,
         description=__doc__,
+        sections=("transformer", "text"),
     )
     if args.transformer is not None and text.tokenizer is None:
         raise ValueError("--transformer needs the --tokenizer that it was trained with")

@@ -1,11 +1,13 @@
 import json
 import math
+import re
 import runpy
 import sys
 from dataclasses import fields
 
 import pytest
-from scripts import RQVAE, TEXT
+from processes import run_script
+from scripts import CLASSES, RQVAE, TEXT
 from tiny import tiny_vae
 from torch import nn
 
@@ -135,10 +137,20 @@ class TestPresets:
         for section, classes in scripts.items():
             assert preset[section].keys() <= {option.name for arguments in classes for option in fields(arguments)}
 
+    @pytest.mark.parametrize(
+        "script, option", [(RQVAE, "codebook_size int"), (TEXT, "text_length int"), (CLASSES, "hidden_size int")]
+    )
+    def test_shows_its_defaults_in_the_help_of_a_script(self, script, option):
+        manuals = [run_script(script, *preset, "--help").output for preset in ([], ["--preset", "small-cpu"])]
+        shown = [re.search(rf"--{option} .*?\(default: (\d+)\)", manual, re.DOTALL)[1] for manual in manuals]
+        name = option.split()[0]
+        values = [section.get(name) for section in json.loads((PRESETS / "small-cpu.json").read_text()).values()]
+        assert shown[0] != shown[1] and int(shown[1]) in values
+
     def test_refuses_an_unknown_one(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["script", "--preset", "large", "--output_dir", "runs"])
         with pytest.raises(SystemExit):
-            parse_arguments(RunArguments, description="")
+            parse_arguments(RunArguments, description="", sections=())
         assert "invalid choice: 'large'" in capsys.readouterr().err
 
 

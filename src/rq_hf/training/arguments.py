@@ -488,7 +488,7 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if is_uninformative else super()._get_help_string(action)
 
 
-def parse_arguments(*argument_classes: type, description: str, sections: tuple[str, ...] = (), **defaults) -> tuple:
+def parse_arguments(*argument_classes: type, description: str, sections: tuple[str, ...], **defaults) -> tuple:
     """Command line -> one object per class, with the `defaults` of a script, or those in its `sections` of a preset.
     The help is a manual page: the description, then the options by group."""
     usage = "%(prog)s --output_dir FOLDER [options]"
