@@ -65,7 +65,8 @@ def main() -> None:
     run, data, args, classes = parse_arguments(
         RunArguments, TrainingDataArguments, TransformerArguments, ClassArguments, description=__doc__
     )
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run, data, args, classes)
+    accelerator = run.create_accelerator(configuration)
 
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(classes.label_column,) if classes.label_column else ())
@@ -93,7 +94,7 @@ def main() -> None:
         data.create_stream(accelerator, dataset, collate, run),
         args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
         samples=samples,
-        configuration=flat_configuration(run, data, args, classes),
+        configuration=configuration,
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

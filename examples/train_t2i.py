@@ -101,7 +101,8 @@ def main() -> None:
     )
     if args.transformer is not None and text.tokenizer is None:
         raise ValueError("--transformer needs the --tokenizer that it was trained with")
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run, data, args, text)
+    accelerator = run.create_accelerator(configuration)
 
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(text.text_column,))
@@ -126,7 +127,7 @@ def main() -> None:
         data.create_stream(accelerator, dataset, collate, run),
         args.create_loss(vae, model.config.null_cond_id, accelerator.autocast),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
-        configuration=flat_configuration(run, data, args, text),
+        configuration=configuration,
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

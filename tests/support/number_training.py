@@ -8,7 +8,7 @@ from processes import die_while_saving, run
 from torch import nn
 
 from rq_hf.data import TrainingStream
-from rq_hf.training import Checkpoints, LossOutput, RunArguments, log_images, train
+from rq_hf.training import Checkpoints, LossOutput, RunArguments, flat_configuration, log_images, train
 
 STEPS = 6
 
@@ -39,7 +39,8 @@ def run_training(output_dir, arguments, model=Noisy, die_at=None):
     defaults = {"max_train_steps": STEPS, "train_batch_size": 4, "learning_rate": 0.05, "lr_warmup_steps": 2}
     defaults |= {"logging_steps": 1, "image_logging_steps": 0, "checkpointing_steps": 2, "report_to": "none"}
     run = RunArguments(str(output_dir), cpu=True, **defaults | arguments)
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run)
+    accelerator = run.create_accelerator(configuration)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     dataset = datasets.Dataset.from_dict({"number": [n / 10 for n in range(20)]})
     stream = TrainingStream(dataset, collate, run.train_batch_size, run.seed, rank, world_size)
@@ -56,7 +57,7 @@ def run_training(output_dir, arguments, model=Noisy, die_at=None):
         compute_loss,
         evaluate=lambda step: log_images(accelerator, {"noise": torch.rand(2, 3, 4, 4)}, step),
         units_per_image={"digits": 3},
-        configuration={"purpose": "test"},
+        configuration=configuration,
         **run.training_options(),
     )
     torch.save(model.state_dict(), output_dir / f"weights-{rank}.pt")
