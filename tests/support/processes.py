@@ -5,6 +5,7 @@ They are forks of a server that has imported the libraries once, so that a run d
 
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 TIMEOUT = 600  # seconds, on a machine that may be busy
 
@@ -96,3 +98,18 @@ def die_while_saving(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save_half
+
+
+def fill_disk_while_saving(limit: int, rank: int = 0) -> None:
+    """From now on, files that this rank writes to a checkpoint cannot grow beyond `limit` bytes."""
+    save_state = Accelerator.save_state
+
+    def save_limited(*args, **kwargs):
+        if int(os.environ.get("RANK", 0)) == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return save_state(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    Accelerator.save_state = save_limited
