@@ -3,6 +3,7 @@
 They are forks of a server that has imported the libraries once, so that a run does not pay for that again.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -66,6 +67,7 @@ def _enter(log: Path, rank: int, world_size: int, port: int, function: Callable,
     file = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.dump_traceback_later(TIMEOUT - 10, file=2)  # where a process hangs
     multiprocessing.set_start_method("fork", force=True)  # as in any process that was not forked by a server
     torch.set_num_threads(1)
     if world_size > 1:
