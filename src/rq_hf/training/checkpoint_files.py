@@ -28,19 +28,34 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
+    """The dictionary in a file, which must have these keys."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UnreadableFile(path, "it is missing") from error
     except ValueError as error:
         raise UnreadableFile(path, first_line(error)) from error
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise UnreadableFile(path, f"it lacks {', '.join(keys)}")
+    return content
 
 
 def write_manifest(checkpoint: Path, configuration: dict) -> None:
-    """Notes the configuration of the run and the SHA-256 of all files."""
-    manifest = {"configuration": configuration, "sha256": checksums(checkpoint)}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    """Notes the configuration of the run, and the SHA-256 of all files and of this itself."""
+    content = {"configuration": configuration, "files": checksums(checkpoint)}
+    (checkpoint / MANIFEST).write_text(json.dumps({**content, "sha256": digest(content)}, indent=2))
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    manifest = read_json(checkpoint / MANIFEST, "configuration", "files", "sha256")
+    if manifest.pop("sha256") != digest(manifest):
+        raise UnreadableFile(checkpoint / MANIFEST, "it is damaged")
+    return manifest
+
+
+def digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -58,7 +73,7 @@ def checksum(path: Path) -> str:
 def check_contents(checkpoint: Path) -> None:
     """Raises [`UnreadableFile`] unless all files are as the manifest says."""
     found = checksums(checkpoint)
-    for name, expected in read_json(checkpoint / MANIFEST)["sha256"].items():
+    for name, expected in read_manifest(checkpoint)["files"].items():
         if name not in found:
             raise UnreadableFile(checkpoint / name, "it is missing")
         if found[name] != expected:

@@ -23,6 +23,7 @@ from .checkpoint_files import (
     first_line,
     plain_data_only,
     read_json,
+    read_manifest,
     write_manifest,
 )
 
@@ -109,12 +110,13 @@ class Checkpoints:
                 logger.info(f"no checkpoint in {self.folder} yet: a new run")
             return None
         with failing_together(ValueError, mention_checkpoint_before(checkpoint)):
+            check_exists(checkpoint)
+            if accelerator.is_main_process and (checkpoint / MANIFEST).exists():
+                check_contents(checkpoint)
             position = read_position(checkpoint, accelerator)
             # accelerate ignores random states that it cannot read.
             check_plain(checkpoint / f"random_states_{accelerator.process_index}.pkl")
             if accelerator.is_main_process:
-                if "format" in position:
-                    check_contents(checkpoint)
                 with plain_data_only(accelerator):
                     for path in sorted(checkpoint.rglob("*")):
                         check_plain(path)
@@ -135,7 +137,7 @@ class Checkpoints:
         if not (checkpoint / MANIFEST).exists():
             return None
         with failing_together(ValueError, mention_checkpoint_before(checkpoint)):
-            return read_json(checkpoint / MANIFEST)["configuration"]
+            return read_manifest(checkpoint)["configuration"]
 
     def find(self, which: str | None) -> Path | None:
         """The checkpoint that [`restore`] loads, which need not exist; `None` for a new run."""
@@ -169,8 +171,9 @@ def check_exists(checkpoint: Path) -> None:
 
 def read_position(checkpoint: Path, accelerator: Accelerator) -> dict[str, int]:
     """What this rank wrote to `position-{rank}.json`."""
-    check_exists(checkpoint)
-    position = read_json(checkpoint / f"position-{accelerator.process_index}.json")
+    position = read_json(checkpoint / f"position-{accelerator.process_index}.json", "step", "num_processes")
+    if "format" in position:
+        read_manifest(checkpoint)  # must not be missing
     if position["num_processes"] != accelerator.num_processes:
         raise ValueError(
             f"{checkpoint} was written by {position['num_processes']} processes, "
