@@ -260,12 +260,10 @@ class TestMaliciousCheckpoint:
 
 
 class TestFullDisk:
-    # The first limit is met by the weights, the second by the optimizer's state.
-    @pytest.mark.parametrize("limit", [300, 2500])
-    def test_is_one_sentence_and_leaves_what_was_there(self, limit, killed, unbroken, tmp_path):
+    def test_is_one_sentence_and_leaves_what_was_there(self, killed, unbroken, tmp_path):
         copy_of(killed / "checkpoint-2", tmp_path / "run")
         resume = {"resume_from_checkpoint": "latest"}
-        outcome = train_here(tmp_path / "run", before=functools.partial(fill_disk_while_saving, limit), **resume)
+        outcome = train_here(tmp_path / "run", before=functools.partial(fill_disk_while_saving, 2500), **resume)
         assert outcome.code == 1
         last = outcome.output.splitlines()[-1]
         assert f"{tmp_path / 'run' / 'checkpoint-4'} cannot be written (" in last
@@ -290,12 +288,6 @@ class TestOptionsOfAResumedRun:
         assert outcome.code == 1
         assert "belongs to another run: --train_batch_size was 4, got 5; --seed was 0, got 1." in outcome.output
         assert checkpoint_names(tmp_path) == []
-
-    def test_that_may_change_are_applied_and_said(self, killed, tmp_path):
-        resume = {"resume_from_checkpoint": str(killed / "checkpoint-2")}
-        outcome = train_here(tmp_path, checkpointing_steps=3, checkpoints_total_limit=1, **resume)
-        assert "--checkpointing_steps 3 (was 2), --checkpoints_total_limit 1 (was 2)" in outcome.output
-        assert checkpoint_names(tmp_path) == ["checkpoint-6"]
 
 
 class Folder:

@@ -415,7 +415,9 @@ def describe_changes(saved: dict | None, configuration: dict) -> str:
             f"the checkpoint belongs to another run: {'; '.join(refused)}. Resume with the options of that run, or "
             "begin a new one in another --output_dir"
         )
-    changes = [f"--{name} {configuration[name]} (was {saved[name]})" for name in changed]
+    changes = [
+        f"--{name} {configuration[name]} (was {saved[name]})" for name in changed if name != "resume_from_checkpoint"
+    ]
     unknown = [f"--{name}" for name in sorted(saved.keys() ^ configuration.keys())]
     return (f", with {', '.join(changes)}" if changes else "") + (
         f"; only one version of rq_hf knows {', '.join(unknown)}" if unknown else ""
