@@ -244,7 +244,9 @@ def test_resumed_run_refuses_the_options_of_another_one(command, tmp_path):
     others = ["--labels", "hard", "--text_length", 7, "--hidden_size", 32, "--resume_from_checkpoint", "latest"]
     outcome = start(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 2, *others))
     assert outcome.code == 1
-    assert "--hidden_size was 16, got 32; --labels was soft, got hard; --text_length was 6, got 7." in outcome.output
+    assert (
+        "--hidden_size was 16, got 32; --labels was 'soft', got 'hard'; --text_length was 6, got 7." in outcome.output
+    )
 
 
 def test_two_processes_with_a_discriminator_end_with_the_same_weights(command, tmp_path):

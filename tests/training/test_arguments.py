@@ -63,7 +63,7 @@ class TestOptionsOfAResumedRun:
         assert describe_changes(saved, saved) == ""
         assert describe_changes(saved, saved | {"logging_steps": 1}) == ", with --logging_steps 1 (was 5)"
         for name, value in {"resolution": 16, "labels": "hard", "streaming": False, "seed": 1}.items():
-            with pytest.raises(ValueError, match=f"another run: --{name} was {saved[name]}, got {value}"):
+            with pytest.raises(ValueError, match=f"another run: --{name} was {saved[name]!r}, got {value!r}"):
                 describe_changes(saved, saved | {name: value})
 
     def test_the_number_of_workers_decides_only_in_a_stream(self):
@@ -74,7 +74,7 @@ class TestOptionsOfAResumedRun:
             describe_changes(saved, saved | {"dataloader_num_workers": 2})
 
     def test_of_another_version_are_mentioned(self):
-        assert describe_changes({"old": 1}, {"new": 2}) == "; only one version of rq_hf knows --new, --old"
+        assert describe_changes({"old": 1}, {"new": 2}) == "; only one version of rq_hf knows 'new', 'old'"
 
     def test_are_in_the_help(self):
         (option,) = (option for option in fields(RunArguments) if option.name == "resume_from_checkpoint")

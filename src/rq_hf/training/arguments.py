@@ -409,18 +409,22 @@ def describe_changes(saved: dict | None, configuration: dict) -> str:
         return ", which version 0.1 wrote without the options of its run: they cannot be compared"
     changed = [name for name in configuration if name in saved and configuration[name] != saved[name]]
     may_change = {*MAY_CHANGE, *(() if configuration.get("streaming") else MAY_CHANGE_UNLESS_STREAMING)}
-    refused = [f"--{name} was {saved[name]}, got {configuration[name]}" for name in changed if name not in may_change]
+    refused = [
+        f"--{name} was {saved[name]!r}, got {configuration[name]!r}" for name in changed if name not in may_change
+    ]
     if refused:
         raise ValueError(
             f"the checkpoint belongs to another run: {'; '.join(refused)}. Resume with the options of that run, or "
             "begin a new one in another --output_dir"
         )
     changes = [
-        f"--{name} {configuration[name]} (was {saved[name]})" for name in changed if name != "resume_from_checkpoint"
+        f"--{name} {configuration[name]!r} (was {saved[name]!r})"
+        for name in changed
+        if name != "resume_from_checkpoint"
     ]
-    unknown = [f"--{name}" for name in sorted(saved.keys() ^ configuration.keys())]
+    unknown = sorted(saved.keys() ^ configuration.keys())
     return (f", with {', '.join(changes)}" if changes else "") + (
-        f"; only one version of rq_hf knows {', '.join(unknown)}" if unknown else ""
+        f"; only one version of rq_hf knows {', '.join(map(repr, unknown))}" if unknown else ""
     )
 
 
