@@ -77,7 +77,8 @@ def main() -> None:
         description=__doc__,
         sections=("transformer",),
     )
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run, data, args, validation, classes)
+    accelerator = run.create_accelerator(configuration)
 
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(classes.label_column,) if classes.label_column else ())
@@ -111,7 +112,7 @@ def main() -> None:
         args.create_loss(accelerator, vae, model, dataset, collate),
         samples=samples,
         held_out=held_out,
-        configuration=flat_configuration(run, data, args, validation, classes),
+        configuration=configuration,
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

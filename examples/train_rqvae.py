@@ -227,7 +227,8 @@ def main() -> None:
         adam_beta2=0.9,
         weight_decay=0.0,
     )
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run, data, args, losses, validation)
+    accelerator = run.create_accelerator(configuration)
     check_distribution(accelerator)
 
     model = create_model(args)
@@ -272,7 +273,7 @@ def main() -> None:
         hooks=[discriminator] if discriminator else [],
         evaluate=functools.partial(evaluate_reconstructions, accelerator, model, shown, held_out, perceptual),
         units_per_image={"codes": math.prod(model.code_shape)},
-        configuration=flat_configuration(run, data, args, losses, validation),
+        configuration=configuration,
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "rqvae"

@@ -108,7 +108,8 @@ def main() -> None:
     )
     if args.transformer is not None and text.tokenizer is None:
         raise ValueError("--transformer needs the --tokenizer that it was trained with")
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run, data, args, validation, text)
+    accelerator = run.create_accelerator(configuration)
 
     vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
     dataset = args.load_dataset(vae, data, required_columns=(text.text_column,))
@@ -137,7 +138,7 @@ def main() -> None:
         args.create_loss(accelerator, vae, model, dataset, collate),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
         held_out=held_out,
-        configuration=flat_configuration(run, data, args, validation, text),
+        configuration=configuration,
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"

@@ -1,13 +1,17 @@
 import itertools
+import multiprocessing
+import os
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from number_streams import collate_numbers, collate_random_numbers, epochs, number_stream, numbers
+from processes import run
 from shapes import draw_shape, write_shapes
 
 from rq_hf.data import ImageCollator, TrainingStream, load_image_dataset
+from rq_hf.data.stream import STOP_SIGNALS
 from rq_hf.images import to_pixels
 
 any_dataset = pytest.mark.parametrize(
@@ -101,6 +105,21 @@ class TestTrainingStream:
         pixels = next(iter(stream))["pixels"]
         expected = {to_pixels(draw_shape(n, 16), 16).numpy().tobytes() for n in range(10)}
         assert {p.numpy().tobytes() for p in pixels} == expected
+
+
+def read_while_workers_are_signalled():
+    """Prints the values of an epoch, before which all workers get the signals that would stop a run."""
+    for batch in itertools.islice(number_stream(numbers(40), num_workers=2), 20):
+        for worker in multiprocessing.active_children():
+            for number in STOP_SIGNALS:
+                os.kill(worker.pid, number)
+        print(*batch["values"])
+
+
+def test_workers_outlive_signals_to_their_group():
+    outcome = run(read_while_workers_are_signalled)
+    assert outcome.code == 0, outcome.output
+    assert sorted(map(int, outcome.output.split())) == list(range(40))
 
 
 def collate_small_numbers(examples):

@@ -164,7 +164,7 @@ class TestLaunched:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         output_dir = launch(torchrun, RQVAE, command(RQVAE, tmp_path / "run", "--train_batch_size", 5))
         position = json.loads((output_dir / "checkpoint-6" / "position-1.json").read_text())
-        assert position == {"step": 6, "num_processes": 2, "epoch": 2, "batches_in_epoch": 2}
+        assert position == {"format": 2, "step": 6, "num_processes": 2, "epoch": 2, "batches_in_epoch": 2}
         assert RQVAEModel.from_pretrained(output_dir / "rqvae").config.depth == DEPTH
 
 
@@ -238,6 +238,16 @@ def test_resumed_run_uses_the_new_learning_rate_for_both_optimizers(command, tmp
         groups = torch.load(tmp_path / "run" / "checkpoint-6" / name)["param_groups"]
         assert {group["lr"] for group in groups} == {1e-6}
     assert [line["learning_rate"] for line in logged(tmp_path / "run")][-2:] == [1e-6, 1e-6]
+
+
+def test_resumed_run_refuses_the_options_of_another_one(command, tmp_path):
+    finish(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 1))
+    others = ["--labels", "hard", "--text_length", 7, "--hidden_size", 32, "--resume_from_checkpoint", "latest"]
+    outcome = start(TEXT, command(TEXT, tmp_path / "run", "--max_train_steps", 2, *others))
+    assert outcome.code == 1
+    assert (
+        "--hidden_size was 16, got 32; --labels was 'soft', got 'hard'; --text_length was 6, got 7." in outcome.output
+    )
 
 
 def test_two_processes_with_a_discriminator_end_with_the_same_weights(command, tmp_path):
@@ -464,6 +474,7 @@ class TestCorruptImage:
         (RQVAE, ["--resolution", "18"], "--resolution must be divisible by 4, got 18"),
         (RQVAE, ["--dataset_name", "user/images"], "expected either dataset_name or data_files"),
         (RQVAE, ["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        (RQVAE, ["--push_to_hub", "--hub_model_id", "a/b"], "--push_to_hub cannot write to a/b (there is no token"),
         (RQVAE, ["--perceptual_weight", "1"], "--perceptual_weight 0 disables it"),
         (RQVAE, ["--quantizer_dropout", "2"], "quantizer_dropout must lie in [0, 1], got 2.0"),
         (RQVAE, ["--validation_split", "a", "--validation_files", "b"], "at most one of --validation_split"),

@@ -1,4 +1,6 @@
-"""A Hugging Face Hub in memory, on loopback: as much of it as `push_to_hub` and `from_pretrained` ask for."""
+"""A Hugging Face Hub in memory, on loopback: as much of it as `push_to_hub` and `from_pretrained` ask for.
+
+Only the token `hf_fake` may write to a repository."""
 
 import base64
 import hashlib
@@ -14,6 +16,7 @@ ROUTES = {
     "GET /api/whoami-v2": "whoami",
     "POST /api/repos/create": "create",
     "POST /api/validate-yaml": "validate_yaml",
+    f"GET /api/models/{REPO}/auth-check/write": "check_writer",
     f"POST /api/models/{REPO}/preupload/main": "preupload",
     f"POST /api/models/{REPO}/commit/main": "commit",
     f"GET /api/models/{REPO}(/revision/(?P<revision>[^/]+))?": "info",
@@ -93,6 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not known:
             self.hub.commit(repo, {})
         self.reply_json({"url": f"{self.hub.endpoint}/{repo}"}, 409 if known else 200)
+
+    def check_writer(self, repo):
+        self.reply_json({}, 200 if self.headers["Authorization"] == "Bearer hf_fake" else 403)
 
     def validate_yaml(self):
         self.reply_json({"errors": [], "warnings": []})

@@ -1,6 +1,8 @@
 """Trainings on twenty numbers, in processes of their own."""
 
+import itertools
 import json
+import os
 
 import datasets
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from rq_hf.data import TrainingStream
 from rq_hf.images import image_grid
-from rq_hf.training import Checkpoints, LossOutput, RunArguments, log_images, train
+from rq_hf.training import Checkpoints, LossOutput, RunArguments, flat_configuration, log_images, train
 
 STEPS = 6
 
@@ -35,12 +37,15 @@ def compute_loss(model, batch):
     return LossOutput(loss, {"twice_the_loss": 2 * loss})
 
 
-def run_training(output_dir, arguments, model=Noisy, die_at=None):
-    """Trains on 20 numbers; the weights go to `weights.pt`, also those of the other ranks."""
+def run_training(output_dir, arguments, model=Noisy, die_at=None, before=None):
+    """Trains on 20 numbers, after calling `before`; the weights go to `weights.pt`, also those of the other ranks."""
+    if before:
+        before()
     defaults = {"max_train_steps": STEPS, "train_batch_size": 4, "learning_rate": 0.05, "lr_warmup_steps": 2}
     defaults |= {"logging_steps": 1, "image_logging_steps": 0, "checkpointing_steps": 2, "report_to": "none"}
     run = RunArguments(str(output_dir), cpu=True, **defaults | arguments)
-    accelerator = run.create_accelerator()
+    configuration = flat_configuration(run)
+    accelerator = run.create_accelerator(configuration)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     dataset = datasets.Dataset.from_dict({"number": [n / 10 for n in range(20)]})
     stream = TrainingStream(dataset, collate, run.train_batch_size, run.seed, rank, world_size)
@@ -57,14 +62,14 @@ def run_training(output_dir, arguments, model=Noisy, die_at=None):
         compute_loss,
         evaluate=lambda step: log_images(accelerator, {"noise": image_grid(torch.rand(2, 3, 4, 4))}, step),
         units_per_image={"digits": 3},
-        configuration={"purpose": "test"},
+        configuration=configuration,
         **run.training_options(),
     )
     torch.save(model.state_dict(), output_dir / f"weights-{rank}.pt")
 
 
-def train_here(output_dir, die_at=None, model=Noisy, **arguments):
-    return run(run_training, output_dir, arguments, model, die_at)
+def train_here(output_dir, die_at=None, model=Noisy, before=None, **arguments):
+    return run(run_training, output_dir, arguments, model, die_at, before)
 
 
 def finished_training(output_dir, **kwargs):
@@ -89,6 +94,19 @@ def checkpoint_names(output_dir):
 def assert_equal(actual, expected):
     assert actual.keys() == expected.keys()
     assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+def signalled(model, number, times=1, rank=0):
+    """A model whose third forward pass on one rank sends a signal to its process."""
+    model, calls = model(), itertools.count(1)
+
+    def send(*arguments):
+        if next(calls) == 3 and int(os.environ.get("RANK", 0)) == rank:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    model.register_forward_pre_hook(send)
+    return model
 
 
 class Smooth(Noisy):

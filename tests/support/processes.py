@@ -3,8 +3,10 @@
 They are forks of a server that has imported the libraries once, so that a run does not pay for that again.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 TIMEOUT = 600  # seconds, on a machine that may be busy
 
@@ -64,6 +67,7 @@ def _enter(log: Path, rank: int, world_size: int, port: int, function: Callable,
     file = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.dump_traceback_later(TIMEOUT - 10, file=2)  # where a process hangs
     multiprocessing.set_start_method("fork", force=True)  # as in any process that was not forked by a server
     torch.set_num_threads(1)
     if world_size > 1:
@@ -96,3 +100,18 @@ def die_while_saving(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = save_half
+
+
+def fill_disk_while_saving(limit: int, rank: int = 0) -> None:
+    """From now on, files that this rank writes to a checkpoint cannot grow beyond `limit` bytes."""
+    save_state = Accelerator.save_state
+
+    def save_limited(*args, **kwargs):
+        if int(os.environ.get("RANK", 0)) == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return save_state(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    Accelerator.save_state = save_limited

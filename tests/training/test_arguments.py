@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 from processes import run_script
-from scripts import CLASSES, RQVAE, TEXT
+from scripts import CLASSES, EXAMPLES, RQVAE, TEXT
 from tiny import tiny_vae
 from torch import nn
 
@@ -19,7 +19,7 @@ from rq_hf.training import (
     ValidationArguments,
     parse_arguments,
 )
-from rq_hf.training.arguments import PRESETS
+from rq_hf.training.arguments import MAY_CHANGE, MAY_CHANGE_UNLESS_STREAMING, PRESETS, describe_changes
 
 
 class TestRunArguments:
@@ -58,6 +58,37 @@ class TestRunArguments:
         run = RunArguments("somewhere", learning_rate=0.25, adam_beta1=0.5, adam_beta2=0.75, weight_decay=0.125)
         group = run.create_optimizer(nn.Linear(1, 1)).param_groups[0]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
+
+
+class TestOptionsOfAResumedRun:
+    def test_that_may_change_exist(self):
+        classes = (RunArguments, TrainingDataArguments, TransformerArguments)
+        names = {option.name for arguments in classes for option in fields(arguments)}
+        for script in EXAMPLES.glob("train_*.py"):
+            names |= set(re.findall(r"^    (\w+): .*field\(", script.read_text(), flags=re.MULTILINE))
+        assert names > {*MAY_CHANGE, *MAY_CHANGE_UNLESS_STREAMING}
+
+    def test_others_are_refused_and_named(self):
+        saved = {"resolution": 8, "labels": "soft", "streaming": True, "logging_steps": 5, "seed": 0}
+        assert describe_changes(saved, saved) == ""
+        assert describe_changes(saved, saved | {"logging_steps": 1}) == ", with --logging_steps 1 (was 5)"
+        for name, value in {"resolution": 16, "labels": "hard", "streaming": False, "seed": 1}.items():
+            with pytest.raises(ValueError, match=f"another run: --{name} was {saved[name]!r}, got {value!r}"):
+                describe_changes(saved, saved | {name: value})
+
+    def test_the_number_of_workers_decides_only_in_a_stream(self):
+        saved = {"streaming": False, "dataloader_num_workers": 0}
+        describe_changes(saved, saved | {"dataloader_num_workers": 2})
+        saved["streaming"] = True
+        with pytest.raises(ValueError, match="--dataloader_num_workers was 0, got 2"):
+            describe_changes(saved, saved | {"dataloader_num_workers": 2})
+
+    def test_of_another_version_are_mentioned(self):
+        assert describe_changes({"old": 1}, {"new": 2}) == "; only one version of rq_hf knows 'new', 'old'"
+
+    def test_are_in_the_help(self):
+        (option,) = (option for option in fields(RunArguments) if option.name == "resume_from_checkpoint")
+        assert all(f"--{name}" in option.metadata["help"] for name in (*MAY_CHANGE, *MAY_CHANGE_UNLESS_STREAMING))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def test_checkpoint_resumes_to_the_final_weights(name, data, tmp_path):
         if (SAVED / name / kept).exists():
             shutil.copytree(SAVED / name / kept, output_dir / kept)
     arguments = [*COMMON, *options, "--output_dir", output_dir]
-    finish(script, [data if argument == "DATA" else str(argument) for argument in arguments])
+    outcome = finish(script, [data if argument == "DATA" else str(argument) for argument in arguments])
+    assert outcome.output.count("which version 0.1 wrote without the options of its run") == 1
     assert [line["step"] for line in logged(output_dir)] == [5, 6]
     expected = final_weights(script, SAVED / name)
     torch.testing.assert_close(final_weights(script, output_dir), expected, rtol=1e-3, atol=1e-4)

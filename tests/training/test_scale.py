@@ -120,6 +120,13 @@ def start_by_torchrun(folder, script, arguments):
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
+def wait_for_some_steps(folder, process):
+    log, steps = folder / "run" / "log.jsonl", random.randint(12, 40)
+    while not log.exists() or log.read_text().count('"step"') < steps:
+        assert process.poll() is None, (folder / "output").read_text()
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 class TestTorchrun:
     STEPS = ["--max_train_steps", 50, "--checkpointing_steps", 10, "--image_logging_steps", 0, "--ema_decay", 0]
@@ -131,10 +138,7 @@ class TestTorchrun:
         folder = tmp_path_factory.mktemp("torchrun")
         arguments = command(RQVAE, folder, *cls.STEPS, *LATEST)
         process = start_by_torchrun(folder, RQVAE, arguments)
-        log, steps = folder / "run" / "log.jsonl", random.randint(12, 40)
-        while not log.exists() or log.read_text().count('"step"') < steps:
-            assert process.poll() is None, (folder / "output").read_text()
-            time.sleep(0.001)
+        wait_for_some_steps(folder, process)
         family = [*psutil.Process(process.pid).children(recursive=True), process]
         for member in family:
             member.kill()
@@ -154,6 +158,18 @@ class TestTorchrun:
         for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, command(RQVAE, tmp_path, *self.STEPS)):
             assert outcome.code == 0, outcome.output
         assert_same_states(killed_and_resumed, tmp_path, 2)
+
+    def test_terminated_and_resumed_they_are_the_same(self, killed_and_resumed, command, tmp_path):
+        arguments = command(RQVAE, tmp_path, *self.STEPS, "--checkpointing_steps", 100, *LATEST)
+        process = start_by_torchrun(tmp_path, RQVAE, arguments)
+        wait_for_some_steps(tmp_path, process)
+        process.terminate()
+        assert process.wait() != 0
+        (stopped,) = (tmp_path / "run").glob("checkpoint-*")
+        expected = f"SIGTERM stopped the run: go on with --resume_from_checkpoint {stopped}"
+        assert expected in (tmp_path / "output").read_text()
+        assert start_by_torchrun(tmp_path, RQVAE, arguments).wait() == 0, (tmp_path / "output").read_text()
+        assert_same_states(tmp_path, killed_and_resumed, 2)
 
 
 def generate(shards):

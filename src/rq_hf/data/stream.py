@@ -1,6 +1,7 @@
 """Endless, seeded, sharded batches of a data set that can be resumed exactly."""
 
 import itertools
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,13 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
+
+# Of a scheduler or a user who stops a run.
+STOP_SIGNALS = [
+    signal.Signals[name]
+    for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+    if name in signal.Signals.__members__  # not all are on Windows
+]
 
 
 class TrainingStream:
@@ -97,10 +105,17 @@ class TrainingStream:
             sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals,
             # Without its own generator a loader would advance the global random state, and break an exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
         return itertools.islice(loader, skip_batches, None)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """They reach all processes of a run, but the main process needs its workers until it has finished its step."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class SkipFirst(torch.utils.data.IterableDataset):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .loop import TrainingHook, set_peak_learning_rates
+from .loop import TrainingHook, continue_schedule
 
 
 class ActNorm(nn.Module):
@@ -194,4 +194,4 @@ class DiscriminatorTrainer(TrainingHook):
         self.num_steps = state["step"]
         peak_learning_rates = self.scheduler.base_lrs
         self.scheduler.load_state_dict(state["scheduler"])
-        set_peak_learning_rates(self.scheduler, peak_learning_rates)
+        continue_schedule(self.scheduler, peak_learning_rates)

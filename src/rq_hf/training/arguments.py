@@ -29,7 +29,7 @@ from ..data import (
 )
 from ..data.loading import BUILDERS
 from ..models import RQTransformerModel, RQVAEModel
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, create_repository, failing_together
 from .loop import create_accelerator, create_optimizer, create_scheduler
 from .rq_transformer import RQTransformerLoss, create_transformer, encode_batch, load_transformer
 from .soft_labels import EFFECTIVE_CODEWORDS, choose_soft_label_temperature, describe_soft_labels
@@ -44,6 +44,17 @@ RANGES = {
     "lie in [0, 1)": lambda number: 0 <= number < 1,
 }
 
+# What a resumed run may change: it goes on with the new value. Everything else would make another run.
+MAY_CHANGE = (
+    *("output_dir", "max_train_steps", "learning_rate", "max_grad_norm", "mixed_precision", "gradient_checkpointing"),
+    *("attn_implementation", "cpu", "logging_steps", "image_logging_steps", "peak_teraflops", "report_to"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
+    "preset",  # as the options that it sets are the same
+    # Of the scripts.
+    *("validation_split", "validation_files", "validation_images", "validation_prompts", "num_samples"),
+)
+# Also changeable, where it does not change which examples are read.
+MAY_CHANGE_UNLESS_STREAMING = ("dataloader_num_workers",)
 
 SOFT_LABEL_IMAGES = 256  # that τ is chosen on
 
@@ -89,10 +100,12 @@ class RunArguments:
             "choices": sorted(path.stem for path in PRESETS.glob("*.json")),
         },
     )
-    max_train_steps: int = field(default=100_000, metadata={"help": "Optimizer steps."})
+    max_train_steps: int = field(
+        default=100_000, metadata={"help": "Optimizer steps, those before a resume included."}
+    )
     train_batch_size: int = field(default=32, metadata={"help": "Images per process and backward pass."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Backward passes per optimizer step."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate; a resumed run may change it."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler: str = field(
         default="cosine",
         metadata={"help": "After the warm-up: cosine to zero, or constant.", "choices": ["cosine", "constant"]},
@@ -134,7 +147,12 @@ class RunArguments:
     checkpointing_steps: int = field(default=1000, metadata={"help": "Save a checkpoint every N steps."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "Number of newest checkpoints to keep."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint folder, or 'latest' for the newest in the output folder."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder, or 'latest' for the newest in the output folder. Options that may change: "
+            f"--{', --'.join(MAY_CHANGE)} and, without --streaming, --{', --'.join(MAY_CHANGE_UNLESS_STREAMING)}. "
+            "Others would make another run and are refused."
+        },
     )
     report_to: str = field(
         default="tensorboard",
@@ -160,8 +178,16 @@ class RunArguments:
         """Repository to upload the finished model to, if any."""
         return self.hub_model_id if self.push_to_hub else None
 
-    def create_accelerator(self) -> Accelerator:
-        return create_accelerator(
+    def create_accelerator(self, configuration: dict) -> Accelerator:
+        """
+        See [`create_accelerator`]; what would fail after hours fails here.
+
+        Args:
+            configuration: all options of the run, see [`flat_configuration`].
+
+        Raises `ValueError` when a resumed run has options of another run, and when `upload_to` cannot be written to.
+        """
+        accelerator = create_accelerator(
             self.output_dir,
             resume_from=self.resume_from_checkpoint,
             cpu=self.cpu,
@@ -171,6 +197,16 @@ class RunArguments:
             report_to=self.report_to,
             seed=self.seed,
         )
+        checkpoints = Checkpoints(self.output_dir)
+        checkpoint = checkpoints.find(self.resume_from_checkpoint)
+        if checkpoint is not None:
+            saved = checkpoints.saved_configuration(self.resume_from_checkpoint)
+            accelerator.print(f"resuming from {checkpoint}{describe_changes(saved, configuration)}")
+        if self.upload_to is not None:
+            with failing_together(ValueError):
+                if accelerator.is_main_process:
+                    create_repository(self.upload_to)
+        return accelerator
 
     def create_optimizer(self, model: torch.nn.Module) -> torch.optim.AdamW:
         return create_optimizer(model, self.learning_rate, (self.adam_beta1, self.adam_beta2), self.weight_decay)
@@ -467,6 +503,39 @@ class TransformerArguments:
             cond_dropout=self.cond_dropout,
             autocast=accelerator.autocast,
         )
+
+
+def describe_changes(saved: dict | None, configuration: dict) -> str:
+    """
+    What a resumed run does otherwise than the run that wrote its checkpoint, to be appended to a sentence.
+
+    Args:
+        saved: options of that run; `None` if they are not known.
+        configuration: options of this run.
+
+    Raises `ValueError` with the names and values of options that would make another run.
+    """
+    if saved is None:
+        return ", which version 0.1 wrote without the options of its run: they cannot be compared"
+    changed = [name for name in configuration if name in saved and configuration[name] != saved[name]]
+    may_change = {*MAY_CHANGE, *(() if configuration.get("streaming") else MAY_CHANGE_UNLESS_STREAMING)}
+    refused = [
+        f"--{name} was {saved[name]!r}, got {configuration[name]!r}" for name in changed if name not in may_change
+    ]
+    if refused:
+        raise ValueError(
+            f"the checkpoint belongs to another run: {'; '.join(refused)}. Resume with the options of that run, or "
+            "begin a new one in another --output_dir"
+        )
+    changes = [
+        f"--{name} {configuration[name]!r} (was {saved[name]!r})"
+        for name in changed
+        if name != "resume_from_checkpoint"
+    ]
+    unknown = sorted(saved.keys() ^ configuration.keys())
+    return (f", with {', '.join(changes)}" if changes else "") + (
+        f"; only one version of rq_hf knows {', '.join(map(repr, unknown))}" if unknown else ""
+    )
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..data import TrainingStream
 from .checkpoints import Checkpoints, check_finite
 from .ema import EMA
 from .launch import check_launch
+from .stop_signals import StopSignals
 from .trackers import JSONLinesTracker, Meter
 
 SCHEDULERS = {"cosine": "cosine", "constant": "constant_with_warmup"}
@@ -154,13 +156,11 @@ def create_scheduler(optimizer: Optimizer, name: str, num_warmup_steps: int, num
     return get_scheduler(SCHEDULERS[name], optimizer, num_warmup_steps, num_training_steps)
 
 
-def set_peak_learning_rates(scheduler: LambdaLR, rates: Sequence[float]) -> None:
-    """Continues a schedule with other peak learning rates, one for each group of its optimizer; changes nothing if
-    they are the same."""
-    if scheduler.base_lrs == rates:
-        return
-    scheduler.base_lrs = list(rates)
-    for group, rate, schedule in zip(scheduler.optimizer.param_groups, rates, scheduler.lr_lambdas):
+def continue_schedule(scheduler: LambdaLR, peak_rates: Sequence[float]) -> None:
+    """Sets the learning rates of a schedule's step to those of its own curve, with one peak for each group of its
+    optimizer; after the state of a run with the same curve and peaks, that changes nothing."""
+    scheduler.base_lrs = list(peak_rates)
+    for group, rate, schedule in zip(scheduler.optimizer.param_groups, peak_rates, scheduler.lr_lambdas):
         group["initial_lr"] = rate
         group["lr"] = rate * schedule(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
@@ -192,8 +192,8 @@ def train(
     Trains `model` in place for `max_train_steps` optimizer steps.
 
     Args:
-        model, optimizer, scheduler: not prepared yet. A resumed run continues the schedule with the peak learning
-            rates of this scheduler, not those of the checkpoint.
+        model, optimizer, scheduler: not prepared yet. A resumed run continues on the curve and with the peak learning
+            rates of this scheduler, from its step on, not on those of the checkpoint.
         stream: its batches have `counts`, see [`ImageCollator`].
         compute_loss: (prepared model, batch) -> [`LossOutput`].
         checkpoints: where to save the state every `checkpointing_steps` steps and at the end.
@@ -205,13 +205,18 @@ def train(
         evaluate: step -> metrics to log, or `None`; called on all ranks every `evaluation_steps` steps (0 for never)
             and at the end, with the averaged weights in eval mode. The random state is restored afterwards.
         units_per_image, peak_flops: see [`Meter`].
-        configuration: of the run, for the trackers.
+        configuration: of the run, for the trackers and [`Checkpoints.saved_configuration`].
 
     Returns:
         the final state of the model, averaged if there is an EMA and gathered from all ranks if it is sharded (then on
         the main process only). An unsharded `model` itself also has this state afterwards, and is in eval mode.
 
-    Raises `ValueError` for a NaN or infinite loss, before any optimizer steps.
+    Raises:
+        `ValueError`: a loss is NaN or infinite on any rank, before any optimizer steps; the checkpoint is beyond
+            `max_train_steps`, or see [`Checkpoints.restore`].
+        `OSError`: a checkpoint cannot be written.
+        `SystemExit`: any rank received one of [`StopSignals`]; after the step, with a checkpoint. The exit code is
+            128 + the signal's number.
     """
     unprepared = model
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -223,71 +228,92 @@ def train(
         hook.prepare(model)
     peak_learning_rates = scheduler.base_lrs
     position = checkpoints.restore(accelerator, resume_from)
-    set_peak_learning_rates(scheduler, peak_learning_rates)
     step = 0
     if position is not None:
         step = position["step"]
+        if step > max_train_steps:
+            raise ValueError(f"--max_train_steps must be at least {step}, as in the checkpoint, got {max_train_steps}")
         stream.load_state_dict(position)
+        continue_schedule(scheduler, peak_learning_rates)
+        rate = scheduler.get_last_lr()[0]
+        accelerator.print(f"resumed at step {step} of {max_train_steps}; the learning rate is {rate:.4g} there")
     accelerator.init_trackers("logs", config=configuration)
 
     progress = tqdm(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
     meter = Meter(accelerator, units_per_image, peak_flops)
-    batches = iter(stream)
-    model.train()
-    while step < max_train_steps:
-        for _ in range(accelerator.gradient_accumulation_steps):
-            batch = next(batches)
-            counts = batch.pop("counts")
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            # Gradients are synchronized, and optimizers step, in the last of these passes only.
-            with accelerator.accumulate(model, *(module for hook in hooks for module in hook.modules)):
-                with meter.counting_flops(counts["images"]):
-                    output = compute_loss(model, batch)
-                    check_finite(step + 1, checkpoints, loss=output.loss)
-                    # All losses are known before the first backward pass: a run that stops has changed nothing.
-                    hook_losses = [hook.compute_losses(output.outputs) for hook in hooks]
-                    for losses in hook_losses:
-                        check_finite(step + 1, checkpoints, **losses)
-                    accelerator.backward(output.loss)
-                metrics = {"loss": output.loss, **output.metrics}
-                if accelerator.sync_gradients:
-                    metrics["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-                optimizer.step()
-                optimizer.zero_grad()
-                for hook, losses in zip(hooks, hook_losses):
-                    hook.step(losses)
-                    metrics |= losses
-            meter.add(counts, **metrics)
-        # The scheduler is not prepared: accelerate would step it once per process.
-        scheduler.step()
-        if ema:
-            ema.update()
-        step += 1
-        progress.update()
+    with StopSignals(announced=accelerator.is_main_process) as signals:
+        batches = iter(stream)
+        model.train()
+        while step < max_train_steps:
+            for _ in range(accelerator.gradient_accumulation_steps):
+                batch = next(batches)
+                counts = batch.pop("counts")
+                batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+                # Gradients are synchronized, and optimizers step, in the last of these passes only.
+                with accelerator.accumulate(model, *(module for hook in hooks for module in hook.modules)):
+                    with meter.counting_flops(counts["images"]):
+                        output = compute_loss(model, batch)
+                        hook_losses = [hook.compute_losses(output.outputs) for hook in hooks]
+                        named = {"loss": output.loss} | {name: own[name] for own in hook_losses for name in own}
+                        # Before the first backward pass, so that a run that stops has changed nothing.
+                        everywhere = gather_values(accelerator, [*named.values(), signals.received])
+                        check_finite(step + 1, checkpoints, list(named), everywhere)
+                        accelerator.backward(output.loss)
+                    metrics = {"loss": output.loss, **output.metrics}
+                    if accelerator.sync_gradients:
+                        metrics["grad_norm"] = accelerator.clip_grad_norm_(
+                            model.parameters(), max_grad_norm or math.inf
+                        )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    for hook, losses in zip(hooks, hook_losses):
+                        hook.step(losses)
+                        metrics |= losses
+                meter.add(counts, **metrics)
+            # The scheduler is not prepared: accelerate would step it once per process.
+            scheduler.step()
+            if ema:
+                ema.update()
+            step += 1
+            progress.update()
 
-        is_last = step == max_train_steps
-        if step % logging_steps == 0 or is_last:
-            values = meter.result()
-            values["learning_rate"] = scheduler.get_last_lr()[0]
-            values["epoch"] = stream.epoch
-            accelerator.log(values, step=step)
-            progress.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{values['images_per_second']:.1f}")
-        if evaluate is not None and evaluation_steps and (step % evaluation_steps == 0 or is_last):
-            with evaluation_mode(unprepared, ema):
-                values = evaluate(step)
-            if values:
-                accelerator.log(values, step=step)
-            meter.restart_clock()
-        if step % checkpointing_steps == 0 or is_last:
-            checkpoints.save(accelerator, step, stream.state_dict())
-            meter.restart_clock()
+            stop_signal = int(max(values[-1] for values in everywhere))  # the same on all ranks
+            is_last = step == max_train_steps
+            if step % logging_steps == 0 or is_last or stop_signal:
+                means = meter.result()
+                means["learning_rate"] = scheduler.get_last_lr()[0]
+                means["epoch"] = stream.epoch
+                accelerator.log(means, step=step)
+                progress.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{means['images_per_second']:.1f}")
+            is_evaluated = evaluation_steps and (step % evaluation_steps == 0 or is_last)
+            if evaluate is not None and is_evaluated and not stop_signal:
+                with evaluation_mode(unprepared, ema):
+                    result = evaluate(step)
+                if result:
+                    accelerator.log(result, step=step)
+                meter.restart_clock()
+            if step % checkpointing_steps == 0 or is_last or stop_signal:
+                checkpoint = checkpoints.save(accelerator, step, stream.state_dict(), configuration)
+                meter.restart_clock()
+            if stop_signal:
+                progress.close()
+                name = Signals(stop_signal).name
+                accelerator.print(f"{name} stopped the run: go on with --resume_from_checkpoint {checkpoint}")
+                accelerator.end_training()
+                raise SystemExit(128 + stop_signal)
     progress.close()
     if ema:
         unprepared.load_state_dict(ema.average)
     unprepared.eval()
     return accelerator.get_state_dict(model)
+
+
+def gather_values(accelerator: Accelerator, values: Sequence[torch.Tensor | float]) -> list[list[float]]:
+    """Scalars of all ranks, a list per rank (a collective call)."""
+    own = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=accelerator.device) for value in values])
+    return accelerator.gather(own.detach()[None]).tolist()
 
 
 @contextmanager

@@ -40,8 +40,12 @@ class JSONLinesTracker(GeneralTracker):
         self._append({"step": step, **values})
 
     def _append(self, values: dict):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            error.filename = str(self.path)  # a full disk does not say where it is
+            raise
 
 
 def log_images(accelerator: Accelerator, images: dict[str, Image.Image], step: int) -> None:
