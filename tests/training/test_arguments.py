@@ -62,7 +62,7 @@ class TestRunArguments:
 
 class TestOptionsOfAResumedRun:
     def test_that_may_change_exist(self):
-        classes = (RunArguments, TrainingDataArguments, TransformerArguments)
+        classes = (RunArguments, TrainingDataArguments, TransformerArguments, ValidationArguments)
         names = {option.name for arguments in classes for option in fields(arguments)}
         for script in EXAMPLES.glob("train_*.py"):
             names |= set(re.findall(r"^    (\w+): .*field\(", script.read_text(), flags=re.MULTILINE))
