@@ -126,7 +126,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(kind, overrides, return_logits,
     model = tiny_transformer(kind, **overrides)
     codes, labels, ids = codes_of(model), codes_of(model), tiny_condition(kind)
     residuals = residuals_of(codes)
-    given = {"residuals": residuals, "soft_label_temperature": 0.7} if soft else {"labels": labels}
+    given = {"residuals": residuals, "target_temperature": 0.7} if soft else {"labels": labels}
     out = model(codes, ids, **given, return_logits=return_logits)
     assert (out.logits is None) != return_logits
 
@@ -434,7 +434,7 @@ def test_bad_conditions_are_errors(kind, cond_ids, message):
     [
         ({"labels": tiny_codes(), "residuals": torch.zeros(2, H, W, D, C)}, "not both"),
         ({"residuals": torch.zeros(2, H, W, D, C + 1)}, rf"residuals must have the shape \(2, {H}, {W}, {D}, {C}\)"),
-        ({"residuals": torch.zeros(2, H, W, D, C), "soft_label_temperature": 0.0}, "greater than 0, got 0.0"),
+        ({"residuals": torch.zeros(2, H, W, D, C), "target_temperature": 0.0}, "greater than 0, got 0.0"),
     ],
 )
 def test_bad_labels_are_errors(given, message):

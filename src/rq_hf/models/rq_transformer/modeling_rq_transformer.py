@@ -212,7 +212,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         cond_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         residuals: torch.Tensor | None = None,
-        soft_label_temperature: float = 0.5,
+        target_temperature: float = 0.5,
         return_logits: bool = True,
         return_dict: bool = True,
     ) -> RQTransformerOutput | tuple[torch.Tensor, ...]:
@@ -226,14 +226,14 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             labels (`torch.Tensor` of shape `(B, H, W, D)`, int64): hard labels; usually the codes themselves.
             residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that each code
                 approximates, from `vae.quantizer.encode`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
-            soft_label_temperature (`float`): τ > 0.
+            target_temperature (`float`): τ > 0.
             return_logits (`bool`): without the logits no `(B, H, W, D, K)` tensor is kept, because the loss is
                 computed in chunks; `False` for training.
 
         Raises:
             `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0.
         """
-        self._check_forward(codes, labels, residuals, soft_label_temperature)
+        self._check_forward(codes, labels, residuals, target_temperature)
         batch_size, height, width, depth = codes.shape
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size)
         codes = codes.reshape(batch_size, height * width, depth)
@@ -258,7 +258,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                 labels=None if labels is None else labels.reshape(-1, depth),
                 residuals=None if residuals is None else residuals.reshape(-1, depth, self.config.codebook_dim),
                 codebook=self.codebook,
-                temperature=soft_label_temperature,
+                temperature=target_temperature,
             )
             if self.config.cond_length > 1:
                 output.cond_loss = F.cross_entropy(output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
@@ -342,4 +342,4 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                     f"got {tuple(residuals.shape)}"
                 )
             if not temperature > 0:
-                raise ValueError(f"soft_label_temperature must be greater than 0, got {temperature}")
+                raise ValueError(f"target_temperature must be greater than 0, got {temperature}")
