@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
+from ..argument_checks import check_size
 from ..codes import check_codes, check_range, embed_codes
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
@@ -227,6 +228,30 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                 f"got {tuple(codebook.shape)}"
             )
         self.codebook.copy_(codebook)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The classifier of the text, if there is one: it is resized together with the embeddings."""
+        return getattr(self, "cond_classifier", None)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.cond_classifier = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers: V condition ids become `new_num_tokens`, and the config says so.
+
+        Raises `ValueError` where this would drop the null condition, and for a packed model; `TypeError` unless
+        `new_num_tokens` is an integer.
+        """
+        if self.is_packed:
+            raise ValueError("cannot resize the embeddings of a packed model; reload it")
+        if new_num_tokens is not None:
+            check_size("new_num_tokens", new_num_tokens)
+            null_cond_id = self.config.null_cond_id
+            if null_cond_id is not None and new_num_tokens <= null_cond_id:
+                raise ValueError(
+                    f"new_num_tokens must be greater than config.null_cond_id, {null_cond_id}, got {new_num_tokens}"
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def forward(
         self,
