@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..argument_checks import check_size
 from ..codes import check_codes, check_range, embed_codes
+from ..offloading import check_not_offloaded
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -81,9 +82,7 @@ class RQAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(
-        self, hidden_states: torch.Tensor, past_key_values=None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(B, T, E)` -> `(B, T, E)` and, if the attention implementation is eager, the weights `(B, heads, T, T)`."""
         batch_size, length, hidden_size = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
@@ -137,6 +136,7 @@ class RQPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "cond_embedding"
     _no_split_modules = ["RQBlock"]
+    _group_offload_block_modules = ["spatial_stack", "depth_stack"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -221,7 +221,11 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
 
     @torch.no_grad()
     def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape."""
+        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`.
+
+        Raises `ValueError` for another shape, and while this model's codebook is offloaded.
+        """
+        check_not_offloaded(self, "codebook")
         if codebook.shape != self.codebook.shape:
             raise ValueError(
                 f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
@@ -301,18 +305,13 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         by_depth = self.depth_stack.record(depth_inputs.flatten(0, 1), **recorded)
         hidden_states = by_depth.last_hidden_state.view_as(depth_inputs)
 
-        output = RQTransformerOutput(
-            hidden_states=spatial.hidden_states,
-            attentions=spatial.attentions,
-            depth_hidden_states=by_depth.hidden_states,
-            depth_attentions=by_depth.attentions,
-        )
+        logits = cond_logits = loss = depth_losses = cond_loss = None
         if self.config.cond_length > 1:
-            output.cond_logits = self.cond_classifier(self.cond_norm(cond_contexts))  # (B, L-1, V)
+            cond_logits = self.cond_classifier(self.cond_norm(cond_contexts))  # (B, L-1, V)
         if return_logits:
-            output.logits = self.classifier(hidden_states).unflatten(1, (height, width))
+            logits = self.classifier(hidden_states).unflatten(1, (height, width))
         if labels is not None or residuals is not None:
-            output.loss, output.depth_losses = self.classifier.cross_entropy(
+            loss, depth_losses = self.classifier.cross_entropy(
                 hidden_states.flatten(0, 1),  # (N, D, E), N = B·T
                 labels=None if labels is None else labels.reshape(-1, depth),
                 residuals=None if residuals is None else residuals.reshape(-1, depth, self.config.codebook_dim),
@@ -320,9 +319,20 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                 temperature=target_temperature,
             )
             if self.config.cond_length > 1:
-                output.cond_loss = F.cross_entropy(output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
+                cond_loss = F.cross_entropy(cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
                 weight = self.config.text_loss_weight
-                output.loss = weight * output.cond_loss + (1 - weight) * output.loss
+                loss = weight * cond_loss + (1 - weight) * loss
+        output = RQTransformerOutput(
+            loss=loss,
+            depth_losses=depth_losses,
+            cond_loss=cond_loss,
+            logits=logits,
+            cond_logits=cond_logits,
+            hidden_states=spatial.hidden_states,
+            attentions=spatial.attentions,
+            depth_hidden_states=by_depth.hidden_states,
+            depth_attentions=by_depth.attentions,
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -393,8 +403,10 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
             self.check_codes(labels)
-            if len(labels) != len(codes):
-                raise ValueError(f"codes and labels must have the same batch size, got {len(codes)} and {len(labels)}")
+            if labels.shape != codes.shape:
+                raise ValueError(
+                    f"codes and labels must have the same batch size, got {codes.shape[0]} and {labels.shape[0]}"
+                )
         if residuals is not None:
             if residuals.shape != (*codes.shape, self.config.codebook_dim):
                 raise ValueError(
