@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.hooks import apply_layerwise_casting
 from safetensors.torch import load_file, save_file
 from tiny import (
     CONDITIONS,
@@ -15,13 +14,12 @@ from tiny import (
     L,
     T,
     W,
-    same_state,
     tiny_codes,
     tiny_condition,
     tiny_config,
     tiny_transformer,
 )
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from rq_hf import RQStackConfig, RQTransformerConfig, RQTransformerModel
 from rq_hf.models.rq_transformer import fused_cross_entropy
@@ -154,46 +152,6 @@ def test_text_loss_is_weighted(weight):
     torch.testing.assert_close(out.loss, weight * out.cond_loss + (1 - weight) * out.depth_losses.mean())
 
 
-def test_weights_may_be_stored_in_8_bits():
-    model, ids, codes = tiny_transformer("class").bfloat16(), tiny_condition("class"), tiny_codes()
-    expected = model(codes, ids).logits
-    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
-    logits = model(codes, ids).logits
-    assert logits.dtype == torch.bfloat16 and not torch.equal(logits, expected)
-    assert model.generate(ids, do_sample=False).shape == codes.shape
-
-
-def test_tuple_holds_the_same_as_the_output():
-    model, codes, ids = tiny_transformer("text"), tiny_codes(), tiny_condition("text")
-    output = model(codes, ids, labels=codes)
-    as_tuple = model(codes, ids, labels=codes, return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    assert len(as_tuple) == len(output.to_tuple()) == 5
-    assert all(torch.equal(actual, expected) for actual, expected in zip(as_tuple, output.to_tuple()))
-
-
-def training_gradients(model, codes, ids, kept=None):
-    pack = (lambda t: t) if kept is None else (lambda t: kept.append(t.nbytes) or t)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(codes, ids, labels=codes, return_logits=False).loss
-    loss.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-@kinds
-def test_gradient_checkpointing_saves_memory_and_keeps_gradients(kind):
-    plain, checkpointed = tiny_transformer(kind).train(), tiny_transformer(kind).train()
-    checkpointed.load_state_dict(plain.state_dict())
-    checkpointed.gradient_checkpointing_enable()
-    codes, ids = tiny_codes(), tiny_condition(kind)
-    kept, kept_checkpointed = [], []
-    expected = training_gradients(plain, codes, ids, kept)
-    actual = training_gradients(checkpointed, codes, ids, kept_checkpointed)
-    assert sum(kept_checkpointed) < sum(kept) / 2
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name])
-
-
 @kinds
 @variants
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
@@ -247,27 +205,6 @@ def test_codebook_is_a_frozen_copy():
 def test_codebook_of_another_shape_is_an_error(shape):
     with pytest.raises(ValueError, match=rf"\(M, K, C\) = \(1, {K}, {C}\), got \({shape[0]}, "):
         tiny_transformer().set_codebook(torch.zeros(shape))
-
-
-SAVED = {
-    "plain": ({}, {}, ["model.safetensors"]),
-    "variant": ({"variant": "small"}, {"variant": "small"}, ["model.small.safetensors"]),
-    "sharded": ({"max_shard_size": "10KB"}, {}, ["model.safetensors.index.json", "model-00001-of-*.safetensors"]),
-}
-
-
-@kinds
-@pytest.mark.parametrize("saving, loading, files", SAVED.values(), ids=SAVED)
-@pytest.mark.parametrize("loader", [RQTransformerModel, AutoModel])
-def test_saved_and_loaded_bit_for_bit(tmp_path, kind, saving, loading, files, loader):
-    model, codes, ids = tiny_transformer(kind), tiny_codes(), tiny_condition(kind)
-    model.save_pretrained(tmp_path, **saving)
-    assert all(list(tmp_path.glob(file)) for file in files)
-    loaded = loader.from_pretrained(tmp_path, **loading)
-    assert type(loaded) is RQTransformerModel
-    assert not loaded.training
-    assert same_state(loaded, model)
-    assert torch.equal(loaded(codes, ids).logits, model(codes, ids).logits)
 
 
 @kinds

@@ -303,6 +303,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors).to(self.dtype), return_dict=return_dict)
 
+    def enable_tiling(self) -> None:
+        """Not supported: raises `NotImplementedError`."""
+        raise NotImplementedError(
+            "tiles would be normalised and attended to one by one, so that their codes are not those of the image; to "
+            "save memory, call enable_slicing(), use bfloat16, or resize images towards config.sample_size"
+        )
+
     def fuse_blocks(self) -> None:
         """
         Speeds up encoding and decoding, in place: weights become channels-last, residual blocks compute in place,
