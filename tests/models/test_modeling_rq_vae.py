@@ -122,6 +122,11 @@ def test_slicing_changes_nothing(vae, pixels):
     assert torch.equal(sliced.codes, whole.codes)
 
 
+def test_tiles_are_refused(vae):
+    with pytest.raises(NotImplementedError, match="their codes are not those of the image; .* call enable_slicing"):
+        vae.enable_tiling()
+
+
 class TestFusedBlocks:
     LEVELS = {
         "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),

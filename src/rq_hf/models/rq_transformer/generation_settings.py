@@ -22,10 +22,11 @@ GUIDANCE_SCHEDULES = {
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
 }
 DEFAULTS = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance_scale": 1.0}
-# Settings that tell where a configuration is from, or that transformers sets by itself; none changes the codes.
+# Settings that tell where a configuration is from, or that transformers itself sets; none changes the codes.
 IGNORED = {
-    *("transformers_version", "_from_model_config", "_commit_hash", "output_attentions", "output_hidden_states"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "use_cache"),
+    *("transformers_version", "_from_model_config", "_commit_hash", "use_cache", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
 }
 
 
