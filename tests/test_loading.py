@@ -7,7 +7,7 @@ import sys
 import diffusers
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 from tiny import (
     CALLS,
@@ -17,7 +17,6 @@ from tiny import (
     kinds,
     same_state,
     tiny_codes,
-    tiny_condition,
     tiny_pipeline,
     tiny_tokenizer,
     tiny_transformer,
@@ -25,7 +24,7 @@ from tiny import (
 from transformers import AutoModel, GenerationConfig
 
 import rq_hf
-from rq_hf import RQPipeline, RQTransformerModel, RQVAEModel
+from rq_hf import RQPipeline, RQTransformerModel
 
 MODELS = {"vae": ["rq_hf", "RQVAEModel"], "transformer": ["rq_hf", "RQTransformerModel"]}
 
@@ -206,26 +205,6 @@ def test_pipeline_of_the_same_components():
 
 
 @kinds
-def test_weights_may_stay_on_disk(tmp_path, kind):
-    model, ids, codes = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
-    model.save_pretrained(tmp_path)
-    third = sum(p.nbytes for p in model.parameters()) // 3
-    offloaded = RQTransformerModel.from_pretrained(
-        tmp_path, device_map="auto", max_memory={"cpu": third}, offload_folder=tmp_path / "offload"
-    )
-    assert {"cpu", "disk"} == set(offloaded.hf_device_map.values())
-    actual, expected = (m(codes, ids, labels=codes) for m in (offloaded, model))
-    torch.testing.assert_close(actual.logits, expected.logits)
-    torch.testing.assert_close(actual.loss, expected.loss)
-    settings = {"num_images": 2, "generator": [1, 2]}
-    assert torch.equal(offloaded.generate(ids, **settings), model.generate(ids, **settings))
-    with pytest.raises(ValueError, match="got weights on disk"):
-        offloaded.pack_weights()
-    with pytest.raises(ValueError, match=r"cannot compile a model that is spread over \['cpu', 'disk'\]"):
-        offloaded.compile_steps()
-
-
-@kinds
 @pytest.mark.parametrize("device_map", ["cpu", "balanced"])
 def test_pipeline_loads_with_a_device_map(tmp_path, kind, device_map):
     pipe = tiny_pipeline(kind)
@@ -257,56 +236,6 @@ def test_pipeline_draws_with_sequential_offload(kind):
         assert torch.equal(actual.codes, expected.codes)
         assert torch.equal(actual.images, expected.images)
         assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), reconstruction)
-
-
-@pytest.mark.parametrize("where", ["memory", "disk", "device map"])
-def test_offloaded_vae_encodes_and_decodes(tmp_path, where):
-    vae, pixels = tiny_pipeline().vae, torch.rand(2, 3, HEIGHT, WIDTH)
-    vae.save_pretrained(tmp_path)
-    offloaded = RQVAEModel.from_pretrained(tmp_path)
-    if where == "memory":
-        cpu_offload(offloaded, torch.device("cpu"), offload_buffers=True)
-    elif where == "disk":
-        disk_offload(offloaded, tmp_path / "offload", torch.device("cpu"), offload_buffers=True)
-    else:
-        device_map = {
-            "encoder": "cpu",
-            "quant_conv": "cpu",
-            "quantizer": "disk",
-            "post_quant_conv": "cpu",
-            "decoder": "disk",
-        }
-        offloaded = RQVAEModel.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offload")
-    assert offloaded.quantizer.codebook.is_meta
-    codes = vae.get_codes(pixels)
-    assert torch.equal(offloaded.embed_codes(codes), vae.embed_codes(codes))
-    assert torch.equal(offloaded.get_codes(pixels), codes)
-    assert torch.equal(offloaded.quantizer.decode(codes), vae.quantizer.decode(codes))
-    assert torch.equal(offloaded.decode_codes(codes).sample, vae.decode_codes(codes).sample)
-    for actual, expected in zip(offloaded.get_soft_codes(pixels), vae.get_soft_codes(pixels), strict=True):
-        assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize("loader", [RQVAEModel, diffusers.AutoModel])
-def test_vae_loads_from_its_folder(tmp_path, loader):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path)
-    for loaded in (
-        loader.from_pretrained(str(tmp_path), subfolder="vae"),
-        loader.from_pretrained(str(tmp_path / "vae")),
-    ):
-        assert type(loaded) is RQVAEModel
-        assert same_state(loaded, pipe.vae)
-
-
-@pytest.mark.parametrize("loader", [RQTransformerModel, AutoModel, diffusers.AutoModel])
-def test_transformer_loads_and_runs_alone(tmp_path, loader):
-    pipe = tiny_pipeline()
-    pipe.save_pretrained(tmp_path)
-    loaded = loader.from_pretrained(str(tmp_path), subfolder="transformer")
-    assert type(loaded) is RQTransformerModel
-    assert same_state(loaded, pipe.transformer)
-    assert torch.equal(loaded.generate(do_sample=False), pipe.transformer.generate(do_sample=False))
 
 
 def test_generation_config_is_saved_with_the_pipeline(tmp_path):

@@ -138,6 +138,17 @@ class TestCompiled:
         model.compile_steps()
         assert torch.equal(model.generate(ids, **self.SETTINGS[1]), expected)
 
+    def test_weights_on_disk_are_neither_compiled_nor_packed(self, tmp_path):
+        tiny_transformer().save_pretrained(tmp_path)
+        third = sum(weight.nbytes for weight in tiny_transformer().parameters()) // 3
+        model = RQTransformerModel.from_pretrained(
+            tmp_path, device_map="auto", max_memory={"cpu": third}, offload_folder=tmp_path / "offload"
+        )
+        with pytest.raises(ValueError, match="got weights on disk"):
+            model.pack_weights()
+        with pytest.raises(ValueError, match=r"cannot compile a model that is spread over \['cpu', 'disk'\]"):
+            model.compile_steps()
+
     def test_refuses_attention_without_masks_and_packed_weights(self):
         model = tiny_transformer()
         model.spatial_stack.config._attn_implementation = "flash_attention_2"

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tiny import LargestTensor
 
 from rq_hf.models.rq_transformer import fused_cross_entropy
-from rq_hf.models.rq_transformer.fused_cross_entropy import fused_linear_cross_entropy
+from rq_hf.models.rq_transformer.fused_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy
 
 N, D, K, E, C = 10, 3, 7, 5, 4
 TEMPERATURE = 0.8
@@ -59,6 +59,20 @@ def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, soft, shared_cl
     for gradient, expected in zip(gradients, plain_gradients):
         assert gradient.shape == expected.shape
         assert relative_error(gradient, expected) < 1e-5
+
+
+@label_kinds
+@pytest.mark.parametrize("shared_classifier", [True, False])
+@pytest.mark.parametrize("shared_codebook", [True, False])
+def test_loss_without_chunks_is_the_same(soft, shared_classifier, shared_codebook):
+    classified, labels, soft_labels = make_inputs(shared_classifier, shared_codebook)
+    given = (None, *soft_labels.values()) if soft else (labels, None, None)
+    loss, depth_losses = linear_cross_entropy(*classified, *given, TEMPERATURE)
+    expected, expected_depth_losses = loss_of(classified, labels, soft_labels, soft)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(depth_losses, expected_depth_losses)
+    gradients, expected = (torch.autograd.grad(value, classified) for value in (loss, expected))
+    torch.testing.assert_close(gradients, expected)
 
 
 @label_kinds

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from generation import GREEDY, chi_square, greedy_by_forward, variants
@@ -332,6 +333,21 @@ def test_saved_generation_config_is_the_default(tmp_path, settings):
     assert not torch.equal(expected, plain)
 
 
+def test_generation_config_may_hold_what_changes_no_codes():
+    model = tiny_transformer("class", output_hidden_states=True)
+    assert model.generation_config.output_hidden_states
+    harmless = GenerationConfig(do_sample=False, num_beams=1, early_stopping=False, eos_token_id=2, use_cache=True)
+    ids = tiny_condition("class")
+    assert torch.equal(model.generate(ids, generation_config=harmless), model.generate(ids, **GREEDY))
+
+
+def test_seeds_may_be_integers_of_numpy():
+    model = tiny_transformer()
+    seeds = [7, 2**32 - 1]
+    expected = model.generate(num_images=2, generator=seeds)
+    assert torch.equal(model.generate(num_images=2, generator=list(np.array(seeds))), expected)
+
+
 def test_arguments_override_the_generation_config():
     model, ids = tiny_transformer("class"), torch.arange(4)
     plain = {"do_sample": True, "temperature": 1.0, "top_k": K, "top_p": 1.0, "guidance_scale": 1.0}
@@ -401,6 +417,12 @@ def test_unknown_argument_is_an_error():
             r"generation_config must be a GenerationConfig of transformers, got \{'do_sample': False\}",
         ),
         ({"generation_config": "greedy"}, TypeError, "must be a GenerationConfig of transformers, got 'greedy'"),
+        (
+            {"generation_config": GenerationConfig(num_beams=4, max_new_tokens=1, repetition_penalty=2.0)},
+            ValueError,
+            "config may set do_sample, .*got {'max_new_tokens': 1, 'num_beams': 4, 'repetition_penalty': 2.0}",
+        ),
+        ({"generation_config": GenerationConfig(guidance=3.0)}, ValueError, "may set .*got {'guidance': 3.0}"),
         ({"top_k": [1] * (D + 1)}, ValueError, rf"top_k must be .* one per depth \({D}\), got {D + 1}"),
         ({"top_p": 0.0}, ValueError, r"top_p must lie in \(0, 1\]"),
         ({"top_p": 1.1}, ValueError, r"top_p must lie in \(0, 1\]"),
@@ -422,6 +444,9 @@ def test_unknown_argument_is_an_error():
         ({"num_images": 0}, ValueError, "the batch size must be at least 1"),
         ({"generator": 0}, TypeError, "a torch.Generator, or a list of them or of seeds, got 0"),
         ({"generator": [0, 1]}, ValueError, r"expected one generator per image \(1\), got 2"),
+        ({"generator": [2**32]}, ValueError, r"seeds must lie in \[0, 2\*\*32\), got \[4294967296\]"),
+        ({"generator": [-1]}, ValueError, r"seeds must lie in \[0, 2\*\*32\), got \[-1\]"),
+        ({"generator": [True]}, TypeError, r"a list of them or of seeds, got \[True\]"),
     ],
 )
 def test_bad_arguments_are_errors(arguments, error, message):

@@ -248,7 +248,7 @@ def test_losses(case):
     pipe, io = golden.converted_pipeline(case), golden.recorded("stage2", case)
     arguments = {
         "hard": {"labels": io["in/codes"]},
-        "soft": {"residuals": residuals_of(pipe, case), "soft_label_temperature": 0.5},
+        "soft": {"residuals": residuals_of(pipe, case), "target_temperature": 0.5},
     }
     for kind, labels in arguments.items():
         out = pipe.transformer(io["in/codes"], condition(io, pipe.transformer), **labels)
@@ -270,7 +270,7 @@ def test_gradients(case):
     )
     transformer = pipe.transformer
     weights = {name: concatenate(parts) for name, parts in rqtransformer_weights(original, transformer).items()}
-    labels = {"residuals": residuals_of(pipe, case), "soft_label_temperature": 0.5, "return_logits": False}
+    labels = {"residuals": residuals_of(pipe, case), "target_temperature": 0.5, "return_logits": False}
     arguments = (io["in/codes"], condition(io, transformer))
     functional_call(transformer, weights, arguments, labels).loss.backward()
     gradients = {name.removeprefix("out/grad/"): g for name, g in io.items() if name.startswith("out/grad/")}

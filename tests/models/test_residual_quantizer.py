@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import two_process_quantizer
+from accelerate import cpu_offload
+from diffusers.hooks import apply_group_offloading
 from tiny import LargestTensor
 
 from rq_hf import ResidualQuantizer
@@ -490,3 +492,13 @@ def test_k_means_starts_near_the_data(shared):
 def test_k_means_needs_enough_vectors():
     with pytest.raises(ValueError, match=f"at least as many vectors as clusters \\({K}\\), got {K - 1}"):
         make_quantizer().initialize(torch.randn(K - 1, C))
+
+
+def test_an_offloaded_codebook_is_not_initialised(tmp_path):
+    vectors = torch.randn(2 * K, C)
+    by_accelerate, by_diffusers = make_quantizer(), make_quantizer()
+    cpu_offload(by_accelerate, torch.device("cpu"), offload_buffers=True)
+    apply_group_offloading(by_diffusers, "cpu", offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    for quantizer in (by_accelerate, by_diffusers):
+        with pytest.raises(ValueError, match="the codebook cannot be set while it is offloaded"):
+            quantizer.initialize(vectors)

@@ -108,7 +108,7 @@ class TestRQTransformerLoss:
             model, {"latents": latents}
         )
         assert torch.equal(model.codes, codes)
-        expected = model.transformer(codes, residuals=residuals, soft_label_temperature=0.3)
+        expected = model.transformer(codes, residuals=residuals, target_temperature=0.3)
         torch.testing.assert_close(output.loss, expected.loss)
         assert not torch.isclose(output.loss, model.transformer(codes, labels=codes).loss)
 

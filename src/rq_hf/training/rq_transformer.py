@@ -124,7 +124,7 @@ class RQTransformerLoss:
         if temperature is None:
             targets = {"labels": codes}
         else:
-            targets = {"residuals": residuals, "soft_label_temperature": temperature}
+            targets = {"residuals": residuals, "target_temperature": temperature}
         with self.autocast():
             output = model(codes, self.drop_conditions(batch.get("cond_ids")), **targets, return_logits=False)
         metrics = per_depth("loss", output.depth_losses)

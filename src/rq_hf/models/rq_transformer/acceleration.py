@@ -169,6 +169,13 @@ class PackedLinear(nn.Module):
         destination[f"{prefix}weight"] = self.packed.to_dense()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
+    # Copies and pickles hold the plain weight: tensors in the layout of oneDNN have no storage.
+    def __getstate__(self):
+        return self.__dict__ | {"packed": self.packed.to_dense()}
+
+    def __setstate__(self, state):
+        super().__setstate__(state | {"packed": torch.ops.mkldnn._reorder_linear_weight(state["packed"])})
+
 
 class PackedBlock(nn.Module):
     """

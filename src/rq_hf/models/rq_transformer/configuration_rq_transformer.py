@@ -14,7 +14,7 @@ class RQStackConfig(PreTrainedConfig):
 
     Args:
         hidden_size (`int`): E.
-        num_hidden_layers (`int`): number of blocks; 0 is allowed.
+        num_hidden_layers (`int`): number of blocks; the depth stack may have none.
         num_attention_heads (`int`): heads; divides `hidden_size`.
         intermediate_size (`int`, *optional*, defaults to 4·E): width of the MLP.
         hidden_act (`str`): `"gelu"` or any other activation of transformers.
@@ -79,6 +79,7 @@ class RQTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "rq_transformer"
+    attribute_map = {"vocab_size": "cond_vocab_size"}  # what `resize_token_embeddings` sets
     # Older releases of transformers know the first name only, and leave it to the class to create the configurations.
     sub_configs = sub_configs_defaults = {"spatial_config": RQStackConfig, "depth_config": RQStackConfig}
 
@@ -112,6 +113,10 @@ class RQTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 "spatial_config and depth_config must have the same hidden_size, got "
                 f"{self.spatial_config.hidden_size} and {self.depth_config.hidden_size}"
+            )
+        if self.spatial_config.num_hidden_layers < 1:
+            raise ValueError(
+                f"spatial_config.num_hidden_layers must be at least 1, got {self.spatial_config.num_hidden_layers}"
             )
         if min(self.cond_vocab_size, self.cond_length) < 1:
             raise ValueError(

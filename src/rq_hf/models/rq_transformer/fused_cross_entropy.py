@@ -36,7 +36,22 @@ def fused_linear_cross_entropy(
     Returns:
         the scalar loss, and its share of each depth `(D,)` (detached; the loss is their mean).
     """
+    if torch.compiler.is_exporting():  # for any N, and with the gradients of autograd
+        return linear_cross_entropy(hidden_states, weight, bias, labels, residuals, codebook, temperature)
     return _ChunkedCrossEntropy.apply(hidden_states, weight, bias, labels, residuals, codebook, temperature)
+
+
+def linear_cross_entropy(hidden_states, weight, bias, labels, residuals, codebook, temperature):
+    """[`fused_linear_cross_entropy`] without chunks: holds all logits."""
+    log_probs = (hidden_states.transpose(0, 1) @ weight.mT + bias[:, None]).log_softmax(dim=-1, dtype=torch.float32)
+    if labels is None:
+        codebook = codebook.float()
+        distances = codebook.square().sum(dim=-1)[:, None] - 2 * residuals.transpose(0, 1).float() @ codebook.mT
+        target_log_probs = ((-distances / temperature).softmax(dim=-1) * log_probs).sum(dim=-1)
+    else:
+        target_log_probs = log_probs.gather(-1, labels.t()[..., None]).squeeze(-1)  # (D, N)
+    depth_losses = -target_log_probs.mean(dim=-1)
+    return depth_losses.mean(), depth_losses.detach()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
 from ..codes import embed_codes
+from ..offloading import with_forward_hooks
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
 from .generation_settings import (
     GenerationSettings,
@@ -41,7 +41,7 @@ class RQGenerationMixin(GenerationMixin):
             )
         super().adjust_generation_fn(*args, **kwargs)
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def generate(
         self,
@@ -64,7 +64,8 @@ class RQGenerationMixin(GenerationMixin):
         r"""
         Samples code maps, position after position in raster order and at each position coarse to fine.
 
-        Sampling settings that are left out come from `generation_config`, by default the model's own.
+        Sampling settings that are left out come from `generation_config`, by default the model's own. Settings of it
+        that this method does not have, such as beams or a length, are refused.
 
         Args:
             cond_ids (`torch.Tensor` of shape `(B, L)`, or `(B,)` when L = 1, int64): one condition per image.
@@ -74,8 +75,9 @@ class RQGenerationMixin(GenerationMixin):
             start (`int`): raster index of the first position to sample, in [0, H·W].
             keep_depth (`int`): keep the first `keep_depth` codes of every position and sample the rest, in [0, D):
                 variations of an image.
-            generator (`torch.Generator`, or a list of them or of seeds): source of randomness of the batch; or one per
-                image, whose codes then do not depend on the rest of the batch (up to rounding of the logits).
+            generator (`torch.Generator`, or a list of them or of seeds in [0, 2³²)): source of randomness of the
+                batch; or one per image, whose codes then do not depend on the rest of the batch (up to rounding of
+                the logits).
             do_sample (`bool`): `False` takes the most likely code each time.
             temperature (`float`, or one per depth): divides the logits; greater than 0.
             top_k (`int`, or one per depth): only the k most likely codes; at least 1. K disables it.

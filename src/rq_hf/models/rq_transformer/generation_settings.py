@@ -22,6 +22,12 @@ GUIDANCE_SCHEDULES = {
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
 }
 DEFAULTS = {"do_sample": True, "temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance_scale": 1.0}
+# Settings that tell where a configuration is from, or that transformers itself sets; none changes the codes.
+IGNORED = {
+    *("transformers_version", "_from_model_config", "_commit_hash", "use_cache", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,13 @@ class GenerationSettings:
         """
         Takes every setting that is `None` in `given` from `generation_config`.
 
-        Raises `ValueError` for a value out of range, or a list that is not one value per depth; `TypeError` for
-        another `generation_config` or `do_sample` than their types.
+        Raises `ValueError` for a value out of range, a list that is not one value per depth, or a
+        `generation_config` that asks for something else; `TypeError` for another `generation_config` or `do_sample`
+        than their types.
         """
         if not isinstance(generation_config, GenerationConfig):
             raise TypeError(f"generation_config must be a GenerationConfig of transformers, got {generation_config!r}")
+        check_supported(generation_config)
         settings = {}
         for name, default in DEFAULTS.items():
             value = getattr(generation_config, name, None) if given[name] is None else given[name]
@@ -98,6 +106,18 @@ class GenerationSettings:
     def code_sampler(self, device: torch.device) -> CodeSampler:
         temperature = torch.tensor(self.temperature, device=device, dtype=torch.float32)
         return CodeSampler(self.do_sample, temperature, self.top_k, self.top_p)
+
+
+def check_supported(generation_config: GenerationConfig) -> None:
+    """Raises `ValueError` for settings that sampling would ignore."""
+    neutral = GenerationConfig._get_default_generation_params()
+    unsupported = {
+        name: value
+        for name, value in generation_config.to_dict().items()
+        if name not in DEFAULTS.keys() | IGNORED and value not in (None, False) and value != neutral.get(name)
+    }
+    if unsupported:
+        raise ValueError(f"generation_config may set {', '.join(DEFAULTS)}, got {unsupported}")
 
 
 def check_generation_config_file(model: str, **hub_arguments) -> None:

@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import capture_outputs
 
+from ..argument_checks import check_size
 from ..codes import check_codes, check_range, embed_codes
+from ..offloading import check_not_offloaded
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -33,6 +37,11 @@ class RQTransformerOutput(ModelOutput):
         cond_loss (`torch.Tensor`, scalar): next-token cross-entropy of the condition, when L > 1.
         logits (`torch.Tensor` of shape `(B, H, W, D, K)`): logits of the codes.
         cond_logits (`torch.Tensor` of shape `(B, L-1, V)`): next-token logits of the condition, when L > 1.
+        hidden_states (tuple of `torch.Tensor` of shape `(B, L+T-1, E)`): inputs of the spatial blocks and the output
+            of the last, when asked for.
+        attentions (tuple of `torch.Tensor` of shape `(B, heads, L+T-1, L+T-1)`): attention weights of the spatial
+            blocks, when asked for.
+        depth_hidden_states, depth_attentions: the same of the depth blocks, `(B·T, D, E)` and `(B·T, heads, D, D)`.
     """
 
     loss: torch.Tensor | None = None
@@ -40,6 +49,10 @@ class RQTransformerOutput(ModelOutput):
     cond_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     cond_logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    depth_hidden_states: tuple[torch.Tensor, ...] | None = None
+    depth_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -69,7 +82,8 @@ class RQAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(B, T, E)` -> `(B, T, E)` and, if the attention implementation is eager, the weights `(B, heads, T, T)`."""
         batch_size, length, hidden_size = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
@@ -82,8 +96,8 @@ class RQAttention(nn.Module):
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
-        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
-        return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype))
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.o_proj(output.reshape(batch_size, length, hidden_size).to(hidden_states.dtype)), weights
 
 
 class RQMLP(nn.Module):
@@ -109,7 +123,7 @@ class RQBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
-        attention = self.self_attn(self.attention_norm(hidden_states), past_key_values)
+        attention, _ = self.self_attn(self.attention_norm(hidden_states), past_key_values)
         hidden_states = hidden_states + self.dropout(attention)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
@@ -122,6 +136,7 @@ class RQPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "cond_embedding"
     _no_split_modules = ["RQBlock"]
+    _group_offload_block_modules = ["spatial_stack", "depth_stack"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -145,6 +160,7 @@ class RQStack(RQPreTrainedModel):
     """A stack of blocks. Hidden states `(B, T, E)` -> `(B, T, E)`; with past keys and values, T new positions."""
 
     config: RQStackConfig
+    _can_record_outputs = {"hidden_states": RQBlock, "attentions": RQAttention}
 
     def __init__(self, config: RQStackConfig):
         super().__init__(config)
@@ -155,6 +171,13 @@ class RQStack(RQPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, past_key_values)
         return hidden_states
+
+    @capture_outputs
+    def record(
+        self, hidden_states: torch.Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> BaseModelOutput:
+        """A pass that also returns what the blocks computed. Sampling does without this bookkeeping."""
+        return BaseModelOutput(last_hidden_state=self(hidden_states))
 
 
 class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedModel):
@@ -198,7 +221,11 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
 
     @torch.no_grad()
     def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape."""
+        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`.
+
+        Raises `ValueError` for another shape, and while this model's codebook is offloaded.
+        """
+        check_not_offloaded(self, "codebook")
         if codebook.shape != self.codebook.shape:
             raise ValueError(
                 f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
@@ -206,15 +233,41 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             )
         self.codebook.copy_(codebook)
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The classifier of the text, if there is one: it is resized together with the embeddings."""
+        return getattr(self, "cond_classifier", None)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.cond_classifier = new_embeddings
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers: V condition ids become `new_num_tokens`, and the config says so.
+
+        Raises `ValueError` where this would drop the null condition, and for a packed model; `TypeError` unless
+        `new_num_tokens` is an integer.
+        """
+        if self.is_packed:
+            raise ValueError("cannot resize the embeddings of a packed model; reload it")
+        if new_num_tokens is not None:
+            check_size("new_num_tokens", new_num_tokens)
+            null_cond_id = self.config.null_cond_id
+            if null_cond_id is not None and new_num_tokens <= null_cond_id:
+                raise ValueError(
+                    f"new_num_tokens must be greater than config.null_cond_id, {null_cond_id}, got {new_num_tokens}"
+                )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def forward(
         self,
         codes: torch.Tensor,
         cond_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         residuals: torch.Tensor | None = None,
-        soft_label_temperature: float = 0.5,
+        target_temperature: float = 0.5,
         return_logits: bool = True,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> RQTransformerOutput | tuple[torch.Tensor, ...]:
         r"""
         Teacher-forced forward pass.
@@ -226,14 +279,18 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             labels (`torch.Tensor` of shape `(B, H, W, D)`, int64): hard labels; usually the codes themselves.
             residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that each code
                 approximates, from `vae.quantizer.encode`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
-            soft_label_temperature (`float`): τ > 0.
+            target_temperature (`float`): τ > 0.
             return_logits (`bool`): without the logits no `(B, H, W, D, K)` tensor is kept, because the loss is
                 computed in chunks; `False` for training.
+            output_hidden_states, output_attentions, return_dict (`bool`): as in every model of transformers; left out,
+                they are those of the config.
 
         Raises:
-            `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0.
+            `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0, attention weights of
+                another attention implementation than eager, or hidden states of a packed model.
         """
-        self._check_forward(codes, labels, residuals, soft_label_temperature)
+        self._check_forward(codes, labels, residuals, target_temperature)
+        recorded = self._outputs_to_record(output_hidden_states, output_attentions)
         batch_size, height, width, depth = codes.shape
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size)
         codes = codes.reshape(batch_size, height * width, depth)
@@ -241,29 +298,42 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
 
         positions = self.embed_positions(codewords[:, :-1])
         inputs = torch.cat([self.embed_condition(cond_ids), positions], dim=1)  # (B, L+T-1, E)
-        contexts = self.spatial_stack(self.embedding_dropout(inputs))
-        cond_contexts, contexts = contexts.split([self.config.cond_length - 1, height * width], dim=1)
+        spatial = self.spatial_stack.record(self.embedding_dropout(inputs), **recorded)
+        cond_contexts, contexts = spatial.last_hidden_state.split([self.config.cond_length - 1, height * width], dim=1)
 
         depth_inputs = self.embed_depths(contexts, codewords[:, :, :-1])  # (B, T, D, E)
-        hidden_states = self.depth_stack(depth_inputs.flatten(0, 1)).view_as(depth_inputs)
+        by_depth = self.depth_stack.record(depth_inputs.flatten(0, 1), **recorded)
+        hidden_states = by_depth.last_hidden_state.view_as(depth_inputs)
 
-        output = RQTransformerOutput()
+        logits = cond_logits = loss = depth_losses = cond_loss = None
         if self.config.cond_length > 1:
-            output.cond_logits = self.cond_classifier(self.cond_norm(cond_contexts))  # (B, L-1, V)
+            cond_logits = self.cond_classifier(self.cond_norm(cond_contexts))  # (B, L-1, V)
         if return_logits:
-            output.logits = self.classifier(hidden_states).unflatten(1, (height, width))
+            logits = self.classifier(hidden_states).unflatten(1, (height, width))
         if labels is not None or residuals is not None:
-            output.loss, output.depth_losses = self.classifier.cross_entropy(
+            loss, depth_losses = self.classifier.cross_entropy(
                 hidden_states.flatten(0, 1),  # (N, D, E), N = B·T
                 labels=None if labels is None else labels.reshape(-1, depth),
                 residuals=None if residuals is None else residuals.reshape(-1, depth, self.config.codebook_dim),
                 codebook=self.codebook,
-                temperature=soft_label_temperature,
+                temperature=target_temperature,
             )
             if self.config.cond_length > 1:
-                output.cond_loss = F.cross_entropy(output.cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
+                cond_loss = F.cross_entropy(cond_logits.float().flatten(0, 1), cond_ids[:, 1:].flatten())
                 weight = self.config.text_loss_weight
-                output.loss = weight * output.cond_loss + (1 - weight) * output.loss
+                loss = weight * cond_loss + (1 - weight) * loss
+        output = RQTransformerOutput(
+            loss=loss,
+            depth_losses=depth_losses,
+            cond_loss=cond_loss,
+            logits=logits,
+            cond_logits=cond_logits,
+            hidden_states=spatial.hidden_states,
+            attentions=spatial.attentions,
+            depth_hidden_states=by_depth.hidden_states,
+            depth_attentions=by_depth.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def embed_condition(self, cond_ids: torch.Tensor) -> torch.Tensor:
@@ -333,8 +403,10 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
             self.check_codes(labels)
-            if len(labels) != len(codes):
-                raise ValueError(f"codes and labels must have the same batch size, got {len(codes)} and {len(labels)}")
+            if labels.shape != codes.shape:
+                raise ValueError(
+                    f"codes and labels must have the same batch size, got {codes.shape[0]} and {labels.shape[0]}"
+                )
         if residuals is not None:
             if residuals.shape != (*codes.shape, self.config.codebook_dim):
                 raise ValueError(
@@ -342,4 +414,19 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                     f"got {tuple(residuals.shape)}"
                 )
             if not temperature > 0:
-                raise ValueError(f"soft_label_temperature must be greater than 0, got {temperature}")
+                raise ValueError(f"target_temperature must be greater than 0, got {temperature}")
+
+    def _outputs_to_record(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
+        """What [`RQStack.record`] shall record: the arguments, or where they are `None` those of the config."""
+        config = self.config
+        hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        if (hidden_states or attentions) and self.is_packed:
+            raise ValueError("a packed model gives no hidden states or attentions; reload it")
+        implementations = {config.spatial_config._attn_implementation, config.depth_config._attn_implementation}
+        if attentions and implementations != {"eager"}:
+            raise ValueError(
+                'output_attentions requires attn_implementation "eager" (model.set_attn_implementation), '
+                f"got {sorted(map(str, implementations))}"
+            )
+        return {"output_hidden_states": hidden_states, "output_attentions": attentions}

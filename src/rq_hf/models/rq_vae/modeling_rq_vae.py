@@ -18,12 +18,12 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, Decoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ...untrusted_files import read_state_dict, read_yaml
 from ..argument_checks import check_bool, check_size
 from ..codes import check_codes
+from ..offloading import with_forward_hooks
 from ..presets import load_preset
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
@@ -91,7 +91,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     """
 
     _supports_gradient_checkpointing = True
-    _supports_group_offloading = False
+    _group_offload_block_modules = ["encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"]
     _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
     _keep_in_fp32_modules = ["quantizer"]
     _skip_layerwise_casting_patterns = ["quantizer"]
@@ -213,7 +213,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         rows, columns = self.pixels_per_code
         return self.config.sample_size // rows, self.config.sample_size // columns, self.config.depth
 
-    @apply_forward_hook
+    @with_forward_hooks
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
 
@@ -223,12 +223,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
         return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def encode_to_vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> the vectors `(B, H, W, C)` that are quantized."""
         return self.patchify(self.encode(pixels).latents)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def quantize(self, latents: torch.Tensor, return_dict: bool = True) -> QuantizerOutput | tuple[torch.Tensor, ...]:
         """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook.
 
@@ -238,7 +238,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         output.quantized = self.unpatchify(output.quantized)
         return output if return_dict else output.to_tuple()
 
-    @apply_forward_hook
+    @with_forward_hooks
     def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Feature map `(B, C, H, W)` -> pixels `(B, 3, height, width)`, about [-1, 1], not clamped."""
         sample = torch.cat([self._decode(q) for q in self._slices(quantized)])
@@ -252,13 +252,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         output = RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
         return output if return_dict else output.to_tuple()
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
         """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
         return self.quantizer.encode(self.encode_to_vectors(pixels)).codes
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def get_soft_codes(
         self,
@@ -278,13 +278,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         """
         return self.quantizer.get_soft_codes(self.encode_to_vectors(pixels), temperature, stochastic, generator)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords `(B, H, W, D, C)` of codes `(B, H, W, D)`, not summed."""
         check_codes(codes, self.config.depth, self.config.codebook_size)
         return self.quantizer.embed(codes)
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def decode_codes(
         self,
@@ -310,6 +310,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
                 raise ValueError(f"num_positions must lie in [0, {codes[0, ..., 0].numel()}], got {num_positions}")
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors).to(self.dtype), return_dict=return_dict)
+
+    def enable_tiling(self) -> None:
+        """Not supported: raises `NotImplementedError`."""
+        raise NotImplementedError(
+            "tiles would be normalised and attended to one by one, so that their codes are not those of the image; to "
+            "save memory, call enable_slicing(), use bfloat16, or resize images towards config.sample_size"
+        )
 
     def fuse_blocks(self) -> None:
         """

@@ -11,8 +11,15 @@ MAX_DISTANCES = 2**22
 def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """argmin over k of ‖v − e(k)‖², which is that of ‖e(k)‖² − 2 v·e(k). (N, C), (K, C) -> (N,)"""
     weight, bias = -2 * codebook, codebook.square().sum(dim=-1)
-    chunks = vectors.split(max(1, MAX_DISTANCES // len(codebook)))
-    return torch.cat([linear(chunk, weight, bias).argmin(dim=-1) for chunk in chunks])
+    return torch.cat([linear(chunk, weight, bias).argmin(dim=-1) for chunk in in_chunks(vectors, codebook)])
+
+
+def in_chunks(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Vectors `(N, C)` split so that the distances of a chunk fit into caches. An exported graph takes any N, so that
+    it has one chunk."""
+    if torch.compiler.is_exporting():
+        return (vectors,)
+    return vectors.split(max(1, MAX_DISTANCES // len(codebook)))
 
 
 def check_temperature(temperature: float) -> None:
@@ -33,10 +40,8 @@ def sample_codes(
     residual: torch.Tensor, codebook: torch.Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """One code per residual, sampled from its [`soft_targets`]. (N, C), (K, C) -> (N,)"""
-    chunks = residual.split(max(1, MAX_DISTANCES // len(codebook)))
-    return torch.cat(
-        [soft_targets(c, codebook, temperature).multinomial(1, generator=generator).squeeze(-1) for c in chunks]
-    )
+    targets = (soft_targets(chunk, codebook, temperature) for chunk in in_chunks(residual, codebook))
+    return torch.cat([t.multinomial(1, generator=generator).squeeze(-1) for t in targets])
 
 
 def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -47,8 +52,8 @@ def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
     with torch.autocast(vectors.device.type, enabled=False):
         if vectors.device.type != "cpu":
             return F.linear(vectors, weight, bias)
-        pixels = vectors.reshape(1, len(vectors), 1, -1).permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
-        return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1).reshape(len(vectors), -1)
+        pixels = vectors[None, :, None].permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
+        return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, :, 0]
 
 
 def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:

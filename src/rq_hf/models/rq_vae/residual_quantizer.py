@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.utils import BaseOutput
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from ..argument_checks import check_bool, check_size
 from ..codes import embed_codes
+from ..offloading import check_not_offloaded, with_forward_hooks
 from .nearest_codes import check_finite, check_temperature, k_means, nearest, sample_codes, soft_targets
 
 
@@ -167,7 +167,7 @@ class ResidualQuantizer(nn.Module):
             codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
         )
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def encode(
         self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
@@ -204,12 +204,12 @@ class ResidualQuantizer(nn.Module):
         """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
         return self.embed(codes).sum(dim=-2)
 
-    @apply_forward_hook
+    @with_forward_hooks
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
         return embed_codes(codes, self.codebook)
 
-    @apply_forward_hook
+    @with_forward_hooks
     @torch.no_grad()
     def get_soft_codes(
         self,
@@ -241,8 +241,10 @@ class ResidualQuantizer(nn.Module):
         Sets the codebook by k-means on vectors `(..., C)`. A codebook per depth: each on the residuals that the
         codebooks before it leave. One shared codebook: first on the vectors, then on the residuals of all depths.
 
-        Raises `ValueError` for fewer vectors than codewords, and for vectors that are NaN or infinite.
+        Raises `ValueError` for fewer vectors than codewords, for vectors that are NaN or infinite, and while the
+        codebook is offloaded.
         """
+        check_not_offloaded(self, "codebook")
         self._check_vectors(vectors)
         vectors = vectors.float().reshape(-1, self.codebook_dim)
         check_finite(vectors)
