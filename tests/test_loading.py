@@ -149,7 +149,7 @@ def test_pipeline_without_a_transformer_encodes_and_decodes(tmp_path):
     pipe.compile()
     assert torch.equal(pipe.encode_image(pixels), codes)
     message = "no transformer, which this call needs: pass transformer= when loading it"
-    for call in (lambda: pipe(class_labels=1), lambda: pipe.encode_prompt("red"), lambda: pipe.is_class_conditional):
+    for call in (lambda: pipe(class_labels=1), lambda: pipe.is_class_conditional):
         with pytest.raises(ValueError, match=message):
             call()
 

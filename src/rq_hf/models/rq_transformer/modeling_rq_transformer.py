@@ -190,6 +190,10 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         self.classifier = RQClassifier(config)
         self.post_init()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: [`RQTransformerConfig.save_pretrained`] writes what `AutoModel` needs."""
+
     @property
     def num_positions(self) -> int:
         """T = H·W."""
