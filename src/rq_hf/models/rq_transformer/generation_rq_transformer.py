@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
 from ..codes import embed_codes
+from ..offloading import onload_weights
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
 from .generation_settings import (
     GenerationSettings,
@@ -41,7 +41,7 @@ class RQGenerationMixin(GenerationMixin):
             )
         super().adjust_generation_fn(*args, **kwargs)
 
-    @apply_forward_hook
+    @onload_weights
     @torch.no_grad()
     def generate(
         self,

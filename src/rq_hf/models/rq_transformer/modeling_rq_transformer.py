@@ -166,6 +166,8 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     enter as codewords.
     """
 
+    _group_offload_block_modules = ["spatial_stack", "depth_stack"]
+
     def __init__(self, config: RQTransformerConfig):
         super().__init__(config)
         depth = config.code_shape[-1]

@@ -1,0 +1,44 @@
+"""Offloaded weights: methods that read them outside of `forward`, and those that need all of them in memory."""
+
+import functools
+
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+
+def onload_weights(method):
+    """
+    For a method that reads the weights of its own module: fetches offloaded ones before it, as before `forward`.
+
+    [`~diffusers.utils.accelerate_utils.apply_forward_hook`] does so for the offloading of accelerate, and this also
+    for group offloading of diffusers, after which it offloads them again.
+    """
+    method = apply_forward_hook(method)
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        registry = getattr(self, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is None or getattr(hook, "in_method", False):
+            return method(self, *args, **kwargs)
+        if hook.config.stream is not None:
+            raise ValueError(
+                f"{type(self).__name__}.{method.__name__} needs group offloading without streams, because they "
+                "prefetch in the order of forward: pass use_stream=False"
+            )
+        hook.in_method = True
+        hook.pre_forward(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            hook.post_forward(self, None)
+            hook.in_method = False
+
+    return wrapper
+
+
+def check_not_group_offloaded(model: nn.Module) -> None:
+    """Raises `ValueError` for group offloading, under which weights come and go."""
+    if _is_group_offload_enabled(model):
+        raise ValueError(f"this needs the weights of {type(model).__name__} in memory, but they are group offloaded")
