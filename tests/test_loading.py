@@ -108,13 +108,6 @@ def test_half_precision_loads_and_draws(tmp_path, loader, dtype, vae_dtype, tran
     assert torch.equal(loaded.encode_image(out.images), loaded.vae.get_codes((out.images * 2 - 1).to(vae_dtype)))
 
 
-def test_pipeline_moved_to_half_precision_draws():
-    pipe = tiny_pipeline("class").to(torch.bfloat16)
-    out = draw(pipe, "class")
-    assert out.images.isfinite().all()
-    assert pipe.reconstruct(out.images, output_type="pt").shape == out.images.shape
-
-
 @loaders
 def test_text_pipeline_without_tokenizer_takes_one_when_loading(tmp_path, loader):
     pipe = tiny_pipeline("text")
@@ -199,12 +192,6 @@ def test_codebooks_may_differ_by_rounding(tmp_path, saved, loaded):
     assert RQPipeline(half.vae.to(torch.bfloat16), half.transformer).transformer is half.transformer
 
 
-def test_pipeline_of_the_same_components():
-    pipe = tiny_pipeline("text")
-    assert_same_pipeline(RQPipeline(**pipe.components), pipe, "text")
-    assert_same_pipeline(RQPipeline.from_pipe(pipe), pipe, "text")
-
-
 @kinds
 def test_weights_may_stay_on_disk(tmp_path, kind):
     model, ids, codes = tiny_transformer(kind), tiny_condition(kind), tiny_codes()
@@ -231,32 +218,6 @@ def test_pipeline_loads_with_a_device_map(tmp_path, kind, device_map):
     pipe = tiny_pipeline(kind)
     pipe.save_pretrained(tmp_path)
     assert_same_pipeline(RQPipeline.from_pretrained(tmp_path, device_map=device_map), pipe, kind)
-
-
-@kinds
-def test_pipeline_draws_with_model_offload(kind):
-    pipe = tiny_pipeline(kind)
-    expected = draw(pipe, kind)
-    pipe.enable_model_cpu_offload(device="cpu")
-    for _ in range(2):
-        actual = draw(pipe, kind)
-        assert torch.equal(actual.codes, expected.codes)
-        assert torch.equal(actual.images, expected.images)
-
-
-@kinds
-def test_pipeline_draws_with_sequential_offload(kind):
-    pipe, pixels = tiny_pipeline(kind), torch.rand(2, 3, HEIGHT, WIDTH)
-    expected = draw(pipe, kind)
-    reconstruction = pipe.reconstruct(pixels, output_type="pt")
-    for model in (pipe.vae, pipe.transformer):  # as by enable_sequential_cpu_offload, which needs an accelerator
-        cpu_offload(model, torch.device("cpu"), offload_buffers=True)
-    assert pipe.vae.quantizer.codebook.is_meta
-    for _ in range(2):
-        actual = draw(pipe, kind)
-        assert torch.equal(actual.codes, expected.codes)
-        assert torch.equal(actual.images, expected.images)
-        assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), reconstruction)
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "device map"])

@@ -43,6 +43,25 @@ class TestBatches:
         )
         assert seen == [(step, step % T) for step in range(2 * T)]
 
+    @pytest.mark.parametrize("scored", [False, True])
+    def test_that_are_interrupted_keep_the_number_of_images(self, scored):
+        pipe, prefix = tiny_pipeline(), tiny_codes(6 if scored else 3)
+
+        def stop(pipe, step, position, tensors):
+            pipe._interrupt = step == T + 1
+            return tensors
+
+        call = {"batch_size": 3, "max_batch_size": 2, "prefix_codes": prefix, "start": 1, "output_type": "pt"}
+        scorer = {"scorer": brightness, "num_candidates": 2} if scored else {}
+        output = pipe(**call, **scorer, callback_on_step_end=stop)
+        assert output.images.shape == (3, 3, HEIGHT, WIDTH)
+        if not scored:
+            codes = output.codes.flatten(1, 2)
+            assert torch.equal(codes[:, 0], prefix.flatten(1, 2)[:, 0])
+            assert codes[:2, -1].any() and not codes[2, 4:].any()
+            preview = pipe.decode_codes(output.codes[2:], num_positions=4, output_type="pt")
+            assert torch.equal(output.images[2:], preview)
+
     def test_take_their_own_prefixes(self):
         pipe, prefix = tiny_pipeline(), tiny_codes(5)
         whole = pipe(num_images_per_prompt=5, prefix_codes=prefix, start=3, **GREEDY).codes
