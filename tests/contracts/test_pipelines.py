@@ -132,6 +132,10 @@ class TestCall:
         with pytest.raises(ValueError, match="output_type must be one of"):
             case.images(pipe, output_type="jpg")
 
+    def test_example_of_the_card_runs(self, pipe):
+        assert f"{pipe.example_call}.images" in pipe.card("user/name")
+        assert len(eval(f"{pipe.example_call}.images", {"pipe": pipe})) > 0
+
     def test_tuple(self, case, pipe):
         arguments = case.batch([0, 1]) | {"generator": [0, 1], "output_type": "pt"}
         output, as_tuple = pipe(**arguments), pipe(**arguments, return_dict=False)
