@@ -286,7 +286,8 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
                         if callback_on_step_end is None:
                             return None
                         tensors = {"codes": new_codes} if "codes" in callback_on_step_end_tensor_inputs else {}
-                        outputs = callback_on_step_end(self, first_step + position, position, tensors) or {}
+                        outputs = callback_on_step_end(self, first_step + position, position, tensors)
+                        outputs = {} if outputs is None else outputs
                         if self.guidance_scale is not scale:
                             raise ValueError("guidance cannot change while sampling; see guidance_schedule")
                         if self.interrupt:
@@ -342,7 +343,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     def example_call(self) -> str:
         """A Python expression that samples from `pipe`, for model cards."""
         if self.is_text_conditional:
-            return 'pipe("a red apple")'
+            return 'pipe("red apple")'
         return "pipe(class_labels=0)" if self.is_class_conditional else "pipe(batch_size=4)"
 
     def card(self, repo_id: str) -> str:
