@@ -46,10 +46,14 @@ class PublishingMixin:
         }
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
-        name = next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("rq_hf."))
-        Path(save_directory, LOADER_FILE).write_text(LOADER.format(name=name), encoding="utf-8")
         if push_to_hub:
             upload_with_card(save_directory, repo_id, self.card, **hub)
+
+    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Writes `model_index.json`, and the `pipeline.py` beside it."""
+        super().save_config(save_directory, *args, **kwargs)
+        name = next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("rq_hf."))
+        Path(save_directory, LOADER_FILE).write_text(LOADER.format(name=name), encoding="utf-8")
 
     def push_to_hub(
         self,
