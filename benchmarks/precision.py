@@ -10,7 +10,6 @@ quantization of all linear layers except the classifier.
 """
 
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
 from rq_hf import EMOJI_MODEL, RQPipeline, RQTransformerModel
@@ -18,11 +17,6 @@ from rq_hf import EMOJI_MODEL, RQPipeline, RQTransformerModel
 SUBJECTS = ("woman astronaut", "man farmer", "person swimming", "waving hand")
 TONES = ("light", "medium-light", "medium-dark", "dark")
 WORDS = ("sunflower", "pizza", "octopus", "fire engine", "rainbow", "grapes", "rocket", "tiger")
-VARIANTS = {
-    "bfloat16": {"dtype": torch.bfloat16},
-    "int8 weights": {"dtype": torch.float32, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
-    "int8 weights, bfloat16": {"dtype": torch.bfloat16, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())},
-}
 
 
 @torch.no_grad()
@@ -33,13 +27,21 @@ def log_probabilities(model, codes, cond_ids):
 
 
 def main() -> None:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    int8 = TorchAoConfig(Int8WeightOnlyConfig())
+    variants = {
+        "bfloat16": {"dtype": torch.bfloat16},
+        "int8 weights": {"dtype": torch.float32, "quantization_config": int8},
+        "int8 weights, bfloat16": {"dtype": torch.bfloat16, "quantization_config": int8},
+    }
     pipe = RQPipeline.from_pretrained(EMOJI_MODEL)
     captions = [f"{subject} {tone} skin tone" for subject in SUBJECTS for tone in TONES] + list(WORDS)
     generator = torch.Generator().manual_seed(0)
     codes = pipe(captions, num_images_per_prompt=8, temperature=1.0, generator=generator, output_type="latent").codes
     cond_ids = pipe.encode_prompt(captions).repeat_interleave(8, dim=0)
     expected = log_probabilities(pipe.transformer, codes, cond_ids)
-    for name, options in VARIANTS.items():
+    for name, options in variants.items():
         model = RQTransformerModel.from_pretrained(f"{EMOJI_MODEL}/transformer", **options)
         actual = log_probabilities(model, codes, cond_ids)
         divergence = (expected.exp() * (expected - actual)).sum(dim=-1).mean()

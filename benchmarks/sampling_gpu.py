@@ -87,7 +87,7 @@ def pipeline(preset, device, compiled):
 
 
 def call_of(pipe, batch_size):
-    images = {"num_images_per_prompt": batch_size}
+    images = {"batch_size": batch_size}
     if pipe.is_class_conditional:
         images = {"class_labels": [i % pipe.transformer.config.cond_vocab_size for i in range(batch_size)]}
     return {**images, **SETTINGS, "temperature": TEMPERATURE, "output_type": "pt"}

@@ -93,8 +93,8 @@ def main() -> None:
         call = "pipe(class_labels=[0, 1])"
     else:
         model = args.create_model(vae)
-        samples = {"num_images_per_prompt": classes.num_samples}
-        call = "pipe(num_images_per_prompt=4)"
+        samples = {"batch_size": classes.num_samples}
+        call = "pipe(batch_size=4)"
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)

@@ -7,7 +7,7 @@ sunflower". Images are resized to the resolution of the model. Training on these
 forget other prompts. Therefore every batch also contains samples for some of the --keep prompts, taken before the
 training.
 
-OUTPUT_DIR must be new. It receives the `adapter`, for `pipe.transformer.load_adapter`, the `pipeline` with the adapter
+OUTPUT_DIR must be new. It receives the `adapter`, for `pipe.load_lora_weights`, the `pipeline` with the adapter
 merged, and `samples.png`: the training images, and below them one sample of the new pipeline for each prompt.
 """
 
@@ -15,7 +15,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from rq_hf import EMOJI_MODEL, RQPipeline
@@ -59,6 +58,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     args = parser.parse_args()
 
+    from peft import LoraConfig
+
     if args.output_dir.exists():
         raise ValueError(f"--output_dir must be new, but {args.output_dir} exists")
     if args.batch_size < 2:
@@ -72,13 +73,16 @@ def main() -> None:
     kept = pipe(args.keep, output_type="latent").codes, pipe.encode_prompt(args.keep)
 
     targets = ["qkv_proj", "o_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets)
-    model = get_peft_model(pipe.transformer, config)
-    model.print_trainable_parameters()
+    model = pipe.transformer
+    model.add_adapter(LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=targets))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"training {trained:,} of {model.num_parameters():,} parameters")
     train(model, new, kept, args.steps, args.batch_size, args.learning_rate)
 
-    model.save_pretrained(args.output_dir / "adapter")
-    pipe.transformer = model.merge_and_unload()
+    settings = model.peft_config["default"].to_dict()
+    pipe.save_lora_weights(args.output_dir / "adapter", model.get_adapter_state_dict(), settings)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
     pipe.save_pretrained(args.output_dir / "pipeline")
     prompts = [*images, *args.keep]
     samples = pipe(prompts, generator=torch.Generator().manual_seed(0)).images

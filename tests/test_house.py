@@ -1,6 +1,8 @@
 """The layers of the package: its imports point strictly downwards, and scripts stand alone."""
 
 import ast
+import configparser
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -155,7 +157,26 @@ def imports_from_outside(root: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("check", [wrong_directions, circles, imported_scripts, imports_from_outside])
+def imports_of_extras(root: Path) -> list[str]:
+    """Imports of optional libraries that run before a script could print its help."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    extras = {
+        re.match(r"\w*", line)[0] for value in config["options.extras_require"].values() for line in value.split()
+    }
+    files = [*package(root).values(), *(path for top in SCRIPT_FOLDERS for path in (root / top).rglob("*.py"))]
+    return [
+        f"{found.place}: imports {found.module}, which is optional, at the top"
+        for path in files
+        for found in imports(path, root)
+        if found.executed and found.module.split(".")[0] in extras - {"rq_hf"}
+    ]
+
+
+CHECKS = [wrong_directions, circles, imported_scripts, imports_from_outside, imports_of_extras]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_house(check):
     violations = check(ROOT)
     assert not violations, "\n" + "\n".join(violations)
@@ -203,6 +224,7 @@ def copy(tmp_path_factory):
         ),
         (imports_from_outside, "src/rq_hf/text.py", "from tiny import tiny_vae", "imports tiny, which is not"),
         (imports_from_outside, "src/rq_hf/files.py", "import examples.demo", "imports examples.demo, which is not"),
+        (imports_of_extras, "examples/demo.py", "from peft import LoraConfig", "imports peft, which is optional"),
     ],
 )
 def test_violations_are_found_and_named(copy, check, file, line, violation):
@@ -218,8 +240,11 @@ def test_allowed_imports_are_not_violations(copy):
     path = copy / "src/rq_hf/models/presets.py"
     content = path.read_text()
     path.write_text(
-        f"import accelerate\nfrom ..files import atomic_folder\n\ndef f():\n    from .rq_vae import x\n{content}"
+        "import accelerate\nfrom ..files import atomic_folder\n\n"
+        f"def f():\n    import peft\n    from .rq_vae import x\n{content}"
     )
-    found = [text for check in (wrong_directions, circles, imports_from_outside) for text in check(copy)]
+    found = [
+        text for check in (wrong_directions, circles, imports_from_outside, imports_of_extras) for text in check(copy)
+    ]
     path.write_text(content)
     assert found == []

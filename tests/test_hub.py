@@ -126,3 +126,39 @@ def check_card_survives(pipe, part):
     card = ModelCard.load(hf_hub_download(repo, "README.md"))
     assert card.data.license == "apache-2.0"
     assert card.text.strip() == "Draws fire engines."
+
+
+def card_of(repo):
+    return ModelCard.load(hf_hub_download(repo, "README.md"))
+
+
+def check_pipeline_gets_a_card(pipe, tmp_path):
+    pipe.push_to_hub("tester/pushed")
+    pipe.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="tester/saved")
+    for repo in ("tester/pushed", "tester/saved"):
+        card = card_of(repo)
+        assert (card.data.library_name, card.data.pipeline_tag) == ("rq_hf", "text-to-image")
+        assert f'rq_hf.RQPipeline.from_pretrained("{repo}")' in card.text
+        assert "pipeline.py" in list_repo_files(repo)
+
+
+def check_card_of_a_folder(pipe, tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: apache-2.0\n---\nMine.\n")
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id="tester/with-folder")
+    assert card_of("tester/with-folder").text.strip() == "Mine."
+    path.write_text("Another.\n")
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id="tester/with-folder")
+    assert card_of("tester/with-folder").text.strip() == "Mine."
+    assert path.read_text() == "Another.\n"
+
+
+def check_publishing_needs_a_token(pipe, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="publishing needs a token of the Hub: run `hf auth login`"):
+        pipe.push_to_hub("tester/no-token")
+
+
+def check_wrong_id_is_named():
+    with pytest.raises(ValueError, match="'/nope' is neither a folder nor the Hub id of a pipeline"):
+        RQPipeline.from_pretrained("/nope")

@@ -26,7 +26,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import emoji
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw, ImageFont, features
@@ -67,6 +66,8 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
 
 def emoji_by_caption() -> dict[str, str]:
     """Caption -> sequence of all fully-qualified emoji, sorted by caption."""
+    import emoji
+
     fully_qualified = emoji.STATUS["fully_qualified"]
     return {
         entry["en"].strip(":").replace("_", " "): sequence

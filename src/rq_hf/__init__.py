@@ -14,6 +14,8 @@ from .models import (
 )
 from .pipelines import RQPipeline, RQPipelineOutput
 
+__version__ = "0.1.0"
+
 register()
 
 EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")

@@ -1,5 +1,9 @@
 """The one place that touches the tables of diffusers and transformers: their loaders find our classes by name."""
 
+import importlib.abc
+import importlib.util
+import sys
+
 import diffusers
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
@@ -8,6 +12,30 @@ from transformers import AutoConfig, AutoModel
 from .convert import single_file_config, single_file_weights
 from .models import RQStackConfig, RQTransformerConfig, RQTransformerModel, RQVAEModel
 from .pipelines import RQPipeline
+
+AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
+
+
+class AutoPipelineFinder(importlib.abc.MetaPathFinder):
+    """Registers with `AutoPipelineForText2Image` once somebody imports its module, which imports all of diffusers."""
+
+    def find_spec(self, name, path, target=None):
+        if name != AUTO_PIPELINES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            register_auto_pipeline(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def register_auto_pipeline(module) -> None:
+    module.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["rq"] = RQPipeline
 
 
 def register() -> None:
@@ -25,3 +53,7 @@ def register() -> None:
     AutoConfig.register(RQStackConfig.model_type, RQStackConfig)
     AutoConfig.register(RQTransformerConfig.model_type, RQTransformerConfig)
     AutoModel.register(RQTransformerConfig, RQTransformerModel)
+    if AUTO_PIPELINES in sys.modules:
+        register_auto_pipeline(sys.modules[AUTO_PIPELINES])
+    elif not any(isinstance(finder, AutoPipelineFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, AutoPipelineFinder())

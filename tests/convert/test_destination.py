@@ -67,6 +67,8 @@ def test_folder_has_all_that_the_hub_wants(tmp_path, kind, task):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         "README.md",
         "model_index.json",
+        "pipeline.py",
+        "transformer/code_rq.py",
         "transformer/config.json",
         "transformer/generation_config.json",
         "transformer/model.safetensors",

@@ -93,7 +93,7 @@ def test_example_learns_new_words(tmp_path):
 
     taught = RQPipeline.from_pretrained(tmp_path / "out" / "pipeline")
     ids, codes = taught.encode_prompt(["red fire", "apple"]), tiny_codes(2)
-    pipe.transformer.load_adapter(tmp_path / "out" / "adapter")
+    pipe.load_lora_weights(tmp_path / "out" / "adapter")
     torch.testing.assert_close(taught.transformer(codes, ids).logits, pipe.transformer(codes, ids).logits)
     assert (tmp_path / "out" / "samples.png").exists()
 

@@ -28,7 +28,7 @@ from tiny import (
     tiny_vae,
 )
 
-from rq_hf import RQPipeline, RQPipelineOutput
+from rq_hf import RQPipeline
 from rq_hf.data import ImageCollator
 from rq_hf.images import to_pixels
 
@@ -117,8 +117,25 @@ def test_pictures_of_one_prompt_differ():
     assert not torch.equal(codes[0], codes[1])
 
 
-def test_an_unconditional_model_draws_as_many_pictures_as_asked_for(pipe):
-    assert len(pipe(num_images_per_prompt=3).images) == 3
+def test_condition_ids_stand_for_prompts_and_labels():
+    pipe = tiny_pipeline("text")
+    ids, negative = pipe.encode_prompt(["red", "fire engine"]), pipe.encode_prompt(["apple", "apple"])
+    expected = pipe(["red", "fire engine"], negative_prompt="apple", guidance_scale=3.0, **GREEDY).codes
+    given = RQPipeline(pipe.vae, pipe.transformer)
+    assert torch.equal(given(cond_ids=ids, negative_cond_ids=negative, guidance_scale=3.0, **GREEDY).codes, expected)
+    pipe = tiny_pipeline("class")
+    expected = pipe(class_labels=[2, 0], **GREEDY).codes
+    assert torch.equal(pipe(cond_ids=torch.tensor([[2], [0]]), **GREEDY).codes, expected)
+
+
+def test_prompts_are_encoded_without_a_transformer():
+    pipe = tiny_pipeline("text")
+    alone = RQPipeline(None, None, pipe.tokenizer)
+    assert torch.equal(alone.encode_prompt(["red", "fire engine"]), pipe.encode_prompt(["red", "fire engine"]))
+    with pytest.raises(ValueError, match=f"at most {L} tokens"):
+        alone.encode_prompt("red apple green fire engine")
+    with pytest.raises(TypeError, match="prompt must be a string or a list of strings, got 3"):
+        alone.encode_prompt(3)
 
 
 @kinds
@@ -163,17 +180,6 @@ def test_a_tokenizer_without_a_padding_token_is_refused():
         pipe.encode_prompt("red")
 
 
-@kinds
-def test_tuple_holds_the_same_as_the_output(kind):
-    pipe = tiny_pipeline(kind)
-    output = pipe(**CALLS[kind], generator=seeded_generator(), output_type="pt")
-    as_tuple = pipe(**CALLS[kind], generator=seeded_generator(), output_type="pt", return_dict=False)
-    assert isinstance(output, RQPipelineOutput)
-    assert isinstance(as_tuple, tuple)
-    assert torch.equal(as_tuple[0], output.images)
-    assert torch.equal(as_tuple[1], output.codes)
-
-
 @pytest.mark.parametrize("start", [0, 2])
 def test_progress_bar_counts_the_positions(pipe, start):
     shown = io.StringIO()
@@ -203,13 +209,32 @@ def test_codes_that_the_callback_returns_are_continued_from(pipe):
     assert not torch.equal(codes, plain)
 
 
-def test_callback_gets_only_the_tensors_asked_for(pipe):
-    seen = []
-    pipe(
-        callback_on_step_end=lambda p, step, position, tensors: seen.append(dict(tensors)) or {},
-        callback_on_step_end_tensor_inputs=[],
-    )
-    assert seen == [{}] * T
+def test_interrupted_image_is_a_preview_of_the_whole(pipe):
+    whole = pipe(generator=[1], output_type="pt").codes.flatten(1, 2)
+
+    def stop(pipeline, step, position, tensors):
+        pipeline._interrupt = position == 3
+        return tensors
+
+    output = pipe(generator=[1], callback_on_step_end=stop, output_type="pt")
+    assert torch.equal(output.codes.flatten(1, 2)[:, :4], whole[:, :4])
+    assert not output.codes.flatten(1, 2)[:, 4:].any()
+    assert torch.equal(output.images, pipe.decode_codes(output.codes, num_positions=4, output_type="pt"))
+
+
+def test_guidance_cannot_be_switched_off_by_a_callback():
+    pipe = tiny_pipeline("class")
+
+    def switch_off(pipeline, step, position, tensors):
+        assert pipeline.guidance_scale == 2.0
+        pipeline._guidance_scale = 0.0
+        return tensors
+
+    with pytest.raises(ValueError, match="guidance cannot change while sampling; see guidance_schedule"):
+        pipe(class_labels=1, guidance_scale=2.0, callback_on_step_end=switch_off)
+    pipe.transformer.generation_config.guidance_scale = 3.0
+    pipe(class_labels=1)
+    assert pipe.guidance_scale == 3.0
 
 
 def test_prefix_is_kept_in_the_picture(pipe):
@@ -258,6 +283,17 @@ BAD_CALLS = [
         "prefix_codes must be one map per sampled image",
     ),
     ("none", {"callback_on_step_end_tensor_inputs": ["latents"]}, ValueError, r"among \['codes'\], got \['latents'\]"),
+    ("class", {"class_labels": 0, "batch_size": 2}, ValueError, "either class_labels or batch_size, not both"),
+    ("class", {"batch_size": 2}, ValueError, "needs class_labels"),
+    ("none", {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+    ("none", {"cond_ids": torch.zeros(1, 1).long()}, ValueError, "neither a prompt nor class_labels, got cond_ids"),
+    ("class", {"cond_ids": [[0]]}, TypeError, "cond_ids must be an int64 tensor, got <class 'list'>"),
+    ("class", {"cond_ids": torch.zeros(1, 1)}, TypeError, "cond_ids must be an int64 tensor, got torch.float32"),
+    ("class", {"cond_ids": torch.zeros(0, 1).long()}, ValueError, r"must have the shape \(P, 1\), got \(0, 1\)"),
+    ("text", {"cond_ids": torch.zeros(1, L + 1).long()}, ValueError, rf"must have the shape \(P, {L}\)"),
+    ("class", {"cond_ids": torch.tensor([[NUM_CLASSES + 1]])}, ValueError, "cond_ids must lie in"),
+    ("class", {"class_labels": 0, "negative_cond_ids": torch.zeros(1, 1).long()}, ValueError, "go with cond_ids"),
+    ("none", {"prefix_codes": tiny_codes(1)[:, 1:], "start": 1}, ValueError, "codes must have the shape"),
     ("none", {"num_inference_steps": 5}, TypeError, "num_inference_steps"),
 ]
 

@@ -17,12 +17,12 @@ GREEDY = {"do_sample": False, "output_type": "latent"}
 
 class TestBatches:
     @kinds
-    @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-    def test_pictures_of_seeds_do_not_depend_on_them(self, kind, batch_size):
+    @pytest.mark.parametrize("max_batch_size", [1, 2, 3, 100])
+    def test_pictures_of_seeds_do_not_depend_on_them(self, kind, max_batch_size):
         pipe = tiny_pipeline(kind)
         count = 6 if kind == "none" else 3
         call = {**CALLS[kind], "num_images_per_prompt": count, "generator": [3, 1, 4, 1, 5, 9], "output_type": "pt"}
-        expected, actual = pipe(**call), pipe(**call, batch_size=batch_size)
+        expected, actual = pipe(**call), pipe(**call, max_batch_size=max_batch_size)
         assert torch.equal(actual.codes, expected.codes)
         torch.testing.assert_close(actual.images, expected.images)
 
@@ -30,7 +30,7 @@ class TestBatches:
         pipe, sizes = tiny_pipeline(), []
         pipe.transformer.spatial_stack.register_forward_pre_hook(lambda stack, args: sizes.append(len(args[0])))
         pipe.vae.decoder.register_forward_pre_hook(lambda decoder, args: sizes.append(len(args[0])))
-        images = pipe(num_images_per_prompt=5, batch_size=2).images
+        images = pipe(num_images_per_prompt=5, max_batch_size=2).images
         assert len(images) == 5
         assert max(sizes) == 2
 
@@ -38,15 +38,34 @@ class TestBatches:
         seen = []
         tiny_pipeline()(
             num_images_per_prompt=3,
-            batch_size=2,
+            max_batch_size=2,
             callback_on_step_end=lambda pipe, step, position, tensors: seen.append((step, position)) or {},
         )
         assert seen == [(step, step % T) for step in range(2 * T)]
 
+    @pytest.mark.parametrize("scored", [False, True])
+    def test_that_are_interrupted_keep_the_number_of_images(self, scored):
+        pipe, prefix = tiny_pipeline(), tiny_codes(6 if scored else 3)
+
+        def stop(pipe, step, position, tensors):
+            pipe._interrupt = step == T + 1
+            return tensors
+
+        call = {"batch_size": 3, "max_batch_size": 2, "prefix_codes": prefix, "start": 1, "output_type": "pt"}
+        scorer = {"scorer": brightness, "num_candidates": 2} if scored else {}
+        output = pipe(**call, **scorer, callback_on_step_end=stop)
+        assert output.images.shape == (3, 3, HEIGHT, WIDTH)
+        if not scored:
+            codes = output.codes.flatten(1, 2)
+            assert torch.equal(codes[:, 0], prefix.flatten(1, 2)[:, 0])
+            assert codes[:2, -1].any() and not codes[2, 4:].any()
+            preview = pipe.decode_codes(output.codes[2:], num_positions=4, output_type="pt")
+            assert torch.equal(output.images[2:], preview)
+
     def test_take_their_own_prefixes(self):
         pipe, prefix = tiny_pipeline(), tiny_codes(5)
         whole = pipe(num_images_per_prompt=5, prefix_codes=prefix, start=3, **GREEDY).codes
-        parts = pipe(num_images_per_prompt=5, prefix_codes=prefix, start=3, batch_size=2, **GREEDY).codes
+        parts = pipe(num_images_per_prompt=5, prefix_codes=prefix, start=3, max_batch_size=2, **GREEDY).codes
         assert torch.equal(whole, parts)
 
 
@@ -57,7 +76,7 @@ class TestCandidates:
         count = len(next(iter(CALLS[kind].values()), [None]))
         call = {**CALLS[kind], "generator": list(range(count * 12)), "output_type": "pt"}
         every = pipe(**call, num_images_per_prompt=12)
-        kept = pipe(**call, num_images_per_prompt=3, num_candidates=4, scorer=brightness, batch_size=5)
+        kept = pipe(**call, num_images_per_prompt=3, num_candidates=4, scorer=brightness, max_batch_size=5)
         scores = brightness(every.images, None).view(count, 12)
         best = scores.argsort(dim=-1, descending=True)[:, :3] + 12 * torch.arange(count)[:, None]
         assert torch.equal(kept.codes, every.codes[best.flatten()])
@@ -73,7 +92,7 @@ class TestCandidates:
             seen.append(conditions)
             return images.mean(dim=(1, 2, 3))
 
-        tiny_pipeline(kind)(**CALLS[kind], num_candidates=2, scorer=scorer, batch_size=3)
+        tiny_pipeline(kind)(**CALLS[kind], num_candidates=2, scorer=scorer, max_batch_size=3)
         given = next(iter(CALLS[kind].values()), None)
         if given is None:
             assert seen == [None]
@@ -95,7 +114,7 @@ class TestNegativePrompt:
         settings = {"guidance_scale": 4.0, "do_sample": False}
         expected = pipe.transformer.generate(ids, negative_cond_ids=away, **settings)
         assert torch.equal(pipe(**self.CALL, negative_prompt="apple").codes, expected)
-        assert torch.equal(pipe(**self.CALL, negative_prompt=["apple", "apple"], batch_size=1).codes, expected)
+        assert torch.equal(pipe(**self.CALL, negative_prompt=["apple", "apple"], max_batch_size=1).codes, expected)
         assert not torch.equal(pipe(**self.CALL).codes, expected)
 
     @pytest.mark.parametrize(
@@ -158,7 +177,7 @@ class TestPreview:
         ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
         ({"num_candidates": 2}, "and vice versa; got no scorer and num_candidates=2"),
         ({"scorer": brightness}, "and vice versa; got a scorer and num_candidates=1"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
         ({"num_candidates": 2, "scorer": brightness, "generator": [1]}, r"one generator per image \(2\), got 1"),
         ({"keep_depth": 1}, "got no prefix_codes, start=0, keep_depth=1"),
         ({"keep_depth": D, "prefix_codes": tiny_codes(1)}, rf"keep_depth must lie in \[0, {D}\), got {D}"),
@@ -169,7 +188,7 @@ def test_contradictions_are_errors(arguments, message):
         tiny_pipeline()(**arguments)
 
 
-@pytest.mark.parametrize("name", ["num_images_per_prompt", "num_candidates", "batch_size"])
+@pytest.mark.parametrize("name", ["num_images_per_prompt", "num_candidates", "batch_size", "max_batch_size"])
 @pytest.mark.parametrize("value", [1.5, 2.0, True, "2"])
 def test_numbers_of_images_are_integers(name, value):
     with pytest.raises(TypeError, match=f"{name} must be an integer, got {value!r}"):
@@ -179,7 +198,7 @@ def test_numbers_of_images_are_integers(name, value):
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
 def test_numbers_of_images_may_be_those_of_numpy(integer):
     pipe, call = tiny_pipeline(), {"scorer": brightness, "generator": list(range(6)), "output_type": "pt"}
-    numbers = {"num_images_per_prompt": 2, "num_candidates": 3, "batch_size": 4}
+    numbers = {"num_images_per_prompt": 2, "num_candidates": 3, "max_batch_size": 4}
     expected = pipe(**call, **numbers)
     actual = pipe(**call, **{name: integer(value) for name, value in numbers.items()})
     assert torch.equal(actual.codes, expected.codes)

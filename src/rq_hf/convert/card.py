@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..model_cards import PIPELINE_USAGE, RQVAE_USAGE, model_card
+from ..model_cards import RQVAE_USAGE, model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
 from .files import Checkpoint
@@ -30,12 +30,7 @@ def conversion_card(model: RQPipeline | RQVAEModel) -> str:
     else:
         tags, title = ["rq-vae", "rq-transformer"], "RQ-VAE and RQ-Transformer"
         task = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
-        call = "pipe()"
-        if model.is_text_conditional:
-            call = 'pipe("a painting by Vincent Van Gogh")'
-        elif model.is_class_conditional:
-            call = "pipe(class_labels=0)"
-        usage = PIPELINE_USAGE.format(call=f"{call}.images[0]")
+        usage = pipeline_usage(f"{model.example_call}.images[0]")
     facts = "\n".join(f"* {fact}" for fact in sizes(model))
     return model_card(
         title,

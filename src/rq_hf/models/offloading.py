@@ -1,26 +1,39 @@
-"""Weights that hooks of accelerate or diffusers keep in other memory and load for `forward`, in other methods."""
+"""Offloaded weights: methods that read them outside of `forward`, and those that need all of them in memory."""
 
 import functools
-from collections.abc import Callable
 
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
-def with_forward_hooks(method: Callable) -> Callable:
-    """Decorator for methods of a module besides `forward` that use its own weights: offloaded ones are loaded first.
+def onload_weights(method):
+    """
+    For a method that reads the weights of its own module: fetches offloaded ones before it, as before `forward`.
 
-    As diffusers' `apply_forward_hook`, and for group offloading too. The weights stay loaded until the next `forward`.
+    [`~diffusers.utils.accelerate_utils.apply_forward_hook`] does so for the offloading of accelerate, and this also
+    for group offloading of diffusers, after which it offloads them again.
     """
     method = apply_forward_hook(method)
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
-        registry = vars(self).get("_diffusers_hook")
-        if registry is not None:
-            for hook in registry.hooks.values():
-                args, kwargs = hook.pre_forward(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
+        registry = getattr(self, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is None or getattr(hook, "in_method", False):
+            return method(self, *args, **kwargs)
+        if hook.config.stream is not None:
+            raise ValueError(
+                f"{type(self).__name__}.{method.__name__} needs group offloading without streams, because they "
+                "prefetch in the order of forward: pass use_stream=False"
+            )
+        hook.in_method = True
+        hook.pre_forward(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            hook.post_forward(self, None)
+            hook.in_method = False
 
     return wrapper
 
@@ -30,3 +43,9 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
     registry = vars(module).get("_diffusers_hook")
     if getattr(module, name).is_meta or (registry is not None and "group_offloading" in registry.hooks):
         raise ValueError(f"the {name} cannot be set while it is offloaded; set it before")
+
+
+def check_not_group_offloaded(model: nn.Module) -> None:
+    """Raises `ValueError` for group offloading, under which weights come and go."""
+    if _is_group_offload_enabled(model):
+        raise ValueError(f"this needs the weights of {type(model).__name__} in memory, but they are group offloaded")

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..models import RQTransformerConfig
-from ..models.argument_checks import is_integer
+from ..models.argument_checks import check_size, is_integer
+from ..models.codes import check_range
 from ..text import encode_captions
 
 ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor
@@ -17,22 +18,19 @@ ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor
 @dataclass
 class Conditions:
     """
-    Conditions of P images; all `None` for an unconditional model.
+    Conditions of P images; all but their number is `None` for an unconditional model.
 
     Args:
-        values: the prompts or labels.
+        count: P.
+        values: the prompts or labels; `None` where condition ids were given instead.
         cond_ids: their ids `(P, L)`, int64.
         negative_cond_ids: those of the negative prompts `(P, L)`, int64, or `None`.
     """
 
+    count: int
     values: list[str] | list[int] | None = None
     cond_ids: torch.Tensor | None = None
     negative_cond_ids: torch.Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """P, or 1 for an unconditional model."""
-        return 1 if self.values is None else len(self.values)
 
     def repeat(self, times: int) -> "Conditions":
         """Every condition `times` in a row."""
@@ -40,7 +38,7 @@ class Conditions:
         ids = (
             None if x is None else x.repeat_interleave(times, dim=0) for x in (self.cond_ids, self.negative_cond_ids)
         )
-        return Conditions(values, *ids)
+        return Conditions(self.count * times, values, *ids)
 
 
 def is_text_conditional(config: RQTransformerConfig) -> bool:
@@ -54,16 +52,26 @@ def is_class_conditional(config: RQTransformerConfig) -> bool:
 def check_conditions(
     config: RQTransformerConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    class_labels: ClassLabels | None,
+    *,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
+    class_labels: ClassLabels | None = None,
+    cond_ids: torch.Tensor | None = None,
+    negative_cond_ids: torch.Tensor | None = None,
+    batch_size: int | None = None,
 ) -> None:
     """Raises `ValueError`/`TypeError` for conditions that contradict each other or do not fit the model."""
-    if prompt is not None and class_labels is not None:
-        raise ValueError("give either prompt or class_labels, not both")
+    given = {"prompt": prompt, "class_labels": class_labels, "cond_ids": cond_ids, "batch_size": batch_size}
+    given = [name for name, value in given.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"give either {' or '.join(given)}, not both")
     if negative_prompt is not None and prompt is None:
         raise ValueError(f"negative_prompt goes with a prompt, got {negative_prompt=} alone")
-    if is_text_conditional(config):
+    if negative_cond_ids is not None and cond_ids is None:
+        raise ValueError("negative_cond_ids go with cond_ids, got negative_cond_ids alone")
+    if cond_ids is not None:
+        check_cond_ids(config, cond_ids, negative_cond_ids)
+    elif is_text_conditional(config):
         if prompt is None:
             raise ValueError("this model needs a prompt")
         if tokenizer is None:
@@ -85,6 +93,23 @@ def check_conditions(
         check_class_labels(class_labels, config)
     elif class_labels is not None:
         raise ValueError(f"this model takes neither a prompt nor class_labels, got class_labels={class_labels!r}")
+    elif batch_size is not None:
+        check_size("batch_size", batch_size)
+
+
+def check_cond_ids(
+    config: RQTransformerConfig, cond_ids: torch.Tensor, negative_cond_ids: torch.Tensor | None
+) -> None:
+    if config.cond_vocab_size == 1:
+        raise ValueError("this model takes neither a prompt nor class_labels, got cond_ids")
+    for name, ids in (("cond_ids", cond_ids), ("negative_cond_ids", negative_cond_ids)):
+        if ids is None:
+            continue
+        if not torch.is_tensor(ids) or ids.dtype != torch.long:
+            raise TypeError(f"{name} must be an int64 tensor, got {ids.dtype if torch.is_tensor(ids) else type(ids)}")
+        if ids.ndim != 2 or ids.shape[1] != config.cond_length or not 0 < len(ids) == len(cond_ids):
+            raise ValueError(f"{name} must have the shape (P, {config.cond_length}), got {tuple(ids.shape)}")
+        check_range(name, ids, config.cond_vocab_size)
 
 
 def check_prompts(name: str, prompts: str | list[str]) -> None:
@@ -126,21 +151,27 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], lengt
 def encode_conditions(
     config: RQTransformerConfig,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: str | list[str] | None,
-    negative_prompt: str | list[str] | None,
-    class_labels: ClassLabels | None,
+    *,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
+    class_labels: ClassLabels | None = None,
+    cond_ids: torch.Tensor | None = None,
+    negative_cond_ids: torch.Tensor | None = None,
+    batch_size: int | None = None,
 ) -> Conditions:
     """The conditions of arguments that [`check_conditions`] accepts."""
+    if cond_ids is not None:
+        return Conditions(len(cond_ids), None, cond_ids, negative_cond_ids)
     if class_labels is not None:
         labels = label_list(class_labels)
-        return Conditions(labels, torch.tensor(labels)[:, None])
+        return Conditions(len(labels), labels, torch.tensor(labels)[:, None])
     if prompt is None:
-        return Conditions()
+        return Conditions(1 if batch_size is None else int(batch_size))
     prompts, negative_ids = as_list(prompt), None
     if negative_prompt is not None:
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         negative_ids = encode_prompts(tokenizer, negatives, config.cond_length)
-    return Conditions(prompts, encode_prompts(tokenizer, prompts, config.cond_length), negative_ids)
+    return Conditions(len(prompts), prompts, encode_prompts(tokenizer, prompts, config.cond_length), negative_ids)
 
 
 def as_list(value):

@@ -4,30 +4,36 @@ Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
 from ..images import color_mode, to_pixels, to_rgb
+from ..model_cards import model_card, pipeline_usage
 from ..models import RQTransformerModel, RQVAEModel
 from ..models.argument_checks import check_bool, check_size
 from ..models.rq_transformer.code_sampling import Generators, check_generator
-from ..models.rq_transformer.generation_settings import PerDepth
+from ..models.rq_transformer.generation_settings import PerDepth, check_prefix
 from .conditions import (
     ClassLabels,
     as_list,
     check_conditions,
+    check_prompts,
     encode_conditions,
     encode_prompts,
     is_class_conditional,
     is_text_conditional,
 )
+from .lora import TransformerLoraMixin
+from .publishing import PublishingMixin
 from .rejection_sampling import Scorer, check_candidates, score_images, select_best
 
 IMAGE_TYPES = ("pil", "np", "pt")
@@ -47,7 +53,11 @@ class RQPipelineOutput(BaseOutput):
     codes: torch.Tensor
 
 
-class RQPipeline(DiffusionPipeline):
+class Interrupted(Exception):
+    """Ends `generate` from within its callback."""
+
+
+class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""
     Image generation with residual quantization (Lee et al., CVPR 2022).
 
@@ -59,7 +69,7 @@ class RQPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["tokenizer"]
+    _optional_components = ["vae", "transformer", "tokenizer"]
     _callback_tensor_inputs = ["codes"]
 
     def __init__(
@@ -89,16 +99,32 @@ class RQPipeline(DiffusionPipeline):
         if getattr(self, name) is None:
             raise ValueError(f"this pipeline has no {name}, which this call needs: pass {name}= when loading it")
 
+    @property
+    def guidance_scale(self) -> PerDepth:
+        """That of the present or last call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the present or last call: the positions that are sampled, times the batches."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the present or last call, by `pipe._interrupt = True`."""
+        return self._interrupt
+
     def check_inputs(
         self,
         *,
-        prompt,
-        negative_prompt,
-        class_labels,
+        conditions,
         num_images_per_prompt,
         scorer,
         num_candidates,
-        batch_size,
+        max_batch_size,
+        prefix_codes,
+        start,
+        keep_depth,
         output_type,
         callback_on_step_end_tensor_inputs,
     ) -> None:
@@ -106,11 +132,14 @@ class RQPipeline(DiffusionPipeline):
         self._require("transformer")
         if output_type != "latent" or scorer is not None:
             self._require("vae")
-        check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
+        check_conditions(self.transformer.config, self.tokenizer, **conditions)
         check_size("num_images_per_prompt", num_images_per_prompt)
         check_candidates(scorer, num_candidates)
-        if batch_size is not None:
-            check_size("batch_size", batch_size)
+        if max_batch_size is not None:
+            check_size("max_batch_size", max_batch_size)
+        check_prefix(prefix_codes, start, keep_depth, self.transformer.config.code_shape)
+        if prefix_codes is not None:
+            self.transformer.check_codes(prefix_codes)
         check_output_type(output_type, OUTPUT_TYPES)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -119,13 +148,15 @@ class RQPipeline(DiffusionPipeline):
             )
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
-        """Prompts -> condition ids `(B, L)`, padded on the right.
+        """Prompts -> condition ids `(B, L)`, padded on the right. Without the transformer, L is the
+        `model_max_length` of the tokenizer.
 
         Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
         """
         self._require("tokenizer")
-        self._require("transformer")
-        return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
+        check_prompts("prompt", prompt)
+        length = self.transformer.config.cond_length if self.transformer else self.tokenizer.model_max_length
+        return encode_prompts(self.tokenizer, as_list(prompt), length)
 
     @torch.no_grad()
     def __call__(
@@ -147,6 +178,9 @@ class RQPipeline(DiffusionPipeline):
         scorer: Scorer | None = None,
         num_candidates: int = 1,
         batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        cond_ids: torch.Tensor | None = None,
+        negative_cond_ids: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
@@ -157,7 +191,7 @@ class RQPipeline(DiffusionPipeline):
             prompt (`str` or list of them): for a text model, at most L tokens each; a longer one is an error.
             class_labels (`int`, or a list, tuple, array or tensor of them): for a class-conditional model, in
                 [0, number of classes).
-            num_images_per_prompt (`int`): images per prompt or label; of an unconditional model, images in all.
+            num_images_per_prompt (`int`): images per prompt or label.
             negative_prompt (`str`, or a list, one per prompt): the condition that guidance steers away from, instead
                 of no text.
             guidance_scale, guidance_schedule, temperature, top_k, top_p, do_sample, prefix_codes, start, keep_depth,
@@ -167,14 +201,21 @@ class RQPipeline(DiffusionPipeline):
                 list of their prompts or labels (`None` without) -> scores `(B,)`; see `rq_hf.metrics`.
             num_candidates (`int`): candidates per returned image. Of all candidates of a prompt the best
                 `num_images_per_prompt` are returned, best first. 20 is the paper's acceptance rate of 5 %.
-            batch_size (`int`): images sampled at a time (default: all), which bounds the memory. With one generator
-                per image, the images do not depend on it.
+            batch_size (`int`): for an unconditional model, number of images (default 1), each of them
+                `num_images_per_prompt` times.
+            max_batch_size (`int`): images sampled at a time (default: all), which bounds the memory. With one
+                generator per image, the images do not depend on it.
+            cond_ids, negative_cond_ids (`torch.Tensor` of shape `(P, L)`, int64): instead of prompts or labels, their
+                ids, such as those of [`encode_prompt`]. A scorer then gets `None` for them.
             output_type (`str`): `"pil"`, `"np"`, `"pt"`, or `"latent"` for the codes.
             return_dict (`bool`): [`RQPipelineOutput`], or the tuple (images, codes).
-            callback_on_step_end (`Callable`): called after every position of every batch with (pipeline, step, raster
-                index, tensors); sampling continues from the tensors it returns. `decode_codes(codes,
-                num_positions=...)` shows an image that is still being sampled.
-            callback_on_step_end_tensor_inputs (list of `str`): tensors to pass to it; there is `"codes"`.
+            callback_on_step_end (`Callable`, or a callback of `diffusers.callbacks`): called after every position of
+                every batch with (pipeline, step, raster index, tensors); sampling continues from the tensors it
+                returns. `decode_codes(codes, num_positions=...)` shows an image that is still being sampled. Setting
+                `pipeline._interrupt = True` ends the sampling; images are then decoded from the positions sampled so
+                far, and codes are 0 at the others.
+            callback_on_step_end_tensor_inputs (list of `str`): tensors to pass to it; there is `"codes"`. A callback
+                of `diffusers.callbacks` names them itself.
 
         Example:
 
@@ -185,24 +226,35 @@ class RQPipeline(DiffusionPipeline):
         ```
         """
         # 1. Check the arguments
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        given = {
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "class_labels": class_labels,
+            "cond_ids": cond_ids,
+            "negative_cond_ids": negative_cond_ids,
+            "batch_size": batch_size,
+        }
         self.check_inputs(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            class_labels=class_labels,
+            conditions=given,
             num_images_per_prompt=num_images_per_prompt,
             scorer=scorer,
             num_candidates=num_candidates,
-            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            prefix_codes=prefix_codes,
+            start=start,
+            keep_depth=keep_depth,
             output_type=output_type,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
         # 2. Encode the conditions, one for each image that is sampled
-        conditions = encode_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
+        conditions = encode_conditions(self.transformer.config, self.tokenizer, **given)
         num_images_per_prompt = int(num_images_per_prompt)
         per_condition = num_images_per_prompt * int(num_candidates)
-        num_samples = per_condition * conditions.count
         conditions = conditions.repeat(per_condition)
+        num_samples = conditions.count
         check_generator(generator, num_samples)
         if prefix_codes is not None and len(prefix_codes) != num_samples:
             raise ValueError(
@@ -210,58 +262,94 @@ class RQPipeline(DiffusionPipeline):
             )
 
         # 3. Sample codes batch by batch, and score their images
-        batch_size = num_samples if batch_size is None else int(batch_size)
-        batches = [slice(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
-        num_positions = self.transformer.num_positions - start
-        all_codes, scores = [], []
+        max_batch_size = num_samples if max_batch_size is None else int(max_batch_size)
+        batches = [slice(i, min(i + max_batch_size, num_samples)) for i in range(0, num_samples, max_batch_size)]
+        num_steps = self.transformer.num_positions - start
+        self._num_timesteps = num_steps * len(batches)
+        scales = (guidance_scale, self.transformer.generation_config.guidance_scale, 1.0)
+        self._guidance_scale = scale = next(value for value in scales if value is not None)
+        self._interrupt = False
+        code_shape, device = self.transformer.config.code_shape, self._execution_device
+        codes = torch.zeros(num_samples, *code_shape, dtype=torch.long, device=device)
+        if prefix_codes is not None:
+            codes.flatten(1, 2)[:, :start] = prefix_codes.flatten(1, 2)[:, :start].to(device)
+        num_sampled = torch.full([num_samples], start)  # positions of each image that have their codes
+        scores = torch.full([num_samples], -torch.inf)
         try:
-            with self.progress_bar(total=num_positions * len(batches)) as progress_bar:
+            with self.progress_bar(total=self.num_timesteps) as progress_bar:
                 for i, rows in enumerate(batches):
+                    if self.interrupt:
+                        break
 
-                    def on_position(position, codes, first_step=i * num_positions - start):
+                    def on_position(position, new_codes, rows=rows, first_step=i * num_steps - start):
                         progress_bar.update()
                         if callback_on_step_end is None:
                             return None
-                        tensors = {"codes": codes} if "codes" in callback_on_step_end_tensor_inputs else {}
+                        tensors = {"codes": new_codes} if "codes" in callback_on_step_end_tensor_inputs else {}
                         outputs = callback_on_step_end(self, first_step + position, position, tensors)
-                        return None if outputs is None else outputs.get("codes")
+                        outputs = {} if outputs is None else outputs
+                        if self.guidance_scale is not scale:
+                            raise ValueError("guidance cannot change while sampling; see guidance_schedule")
+                        if self.interrupt:
+                            codes[rows], num_sampled[rows] = outputs.get("codes", new_codes), position + 1
+                            raise Interrupted
+                        return outputs.get("codes")
 
-                    codes = self.transformer.generate(
-                        take(conditions.cond_ids, rows),
-                        num_images=rows.stop - rows.start,
-                        prefix_codes=take(prefix_codes, rows),
-                        start=start,
-                        keep_depth=keep_depth,
-                        generator=generator[rows] if isinstance(generator, Sequence) else generator,
-                        do_sample=do_sample,
-                        temperature=temperature,
-                        top_k=top_k,
-                        top_p=top_p,
-                        guidance_scale=guidance_scale,
-                        guidance_schedule=guidance_schedule,
-                        negative_cond_ids=take(conditions.negative_cond_ids, rows),
-                        on_position=on_position,
-                    )
-                    all_codes.append(codes)
+                    with suppress(Interrupted):
+                        codes[rows] = self.transformer.generate(
+                            take(conditions.cond_ids, rows),
+                            num_images=rows.stop - rows.start,
+                            prefix_codes=take(prefix_codes, rows),
+                            start=start,
+                            keep_depth=keep_depth,
+                            generator=generator[rows] if isinstance(generator, Sequence) else generator,
+                            do_sample=do_sample,
+                            temperature=temperature,
+                            top_k=top_k,
+                            top_p=top_p,
+                            guidance_scale=guidance_scale,
+                            guidance_schedule=guidance_schedule,
+                            negative_cond_ids=take(conditions.negative_cond_ids, rows),
+                            on_position=on_position,
+                        )
+                        num_sampled[rows] = self.transformer.num_positions
                     if scorer is not None:
-                        images = self.decode_codes(codes, output_type="pt")
-                        scores.append(score_images(scorer, images, take(conditions.values, rows)))
+                        images = self.decode_codes(
+                            codes[rows], num_positions=int(num_sampled[rows.start]), output_type="pt"
+                        )
+                        scores[rows] = score_images(scorer, images, take(conditions.values, rows))
 
             # 4. Keep the best candidates
-            codes = torch.cat(all_codes)
             if scorer is not None:
-                codes = select_best(codes, torch.cat(scores), per_condition, num_images_per_prompt)
+                best = select_best(scores, per_condition, num_images_per_prompt)
+                codes, num_sampled = codes[best.to(device)], num_sampled[best]
 
             # 5. Decode the codes
             if output_type == "latent":
                 images = codes
             else:
-                samples = [self.vae.decode_codes(batch).sample.float() for batch in codes.split(batch_size)]
+                batch_size = 1 if self.interrupt else max_batch_size  # images of one number of positions
+                samples = [
+                    self.vae.decode_codes(batch, num_positions=int(count[0])).sample.float()
+                    for batch, count in zip(codes.split(batch_size), num_sampled.split(batch_size))
+                ]
                 images = self.image_processor.postprocess(torch.cat(samples), output_type=output_type)
         finally:
             self.maybe_free_model_hooks()
 
         return RQPipelineOutput(images=images, codes=codes) if return_dict else (images, codes)
+
+    @property
+    def example_call(self) -> str:
+        """A Python expression that samples from `pipe`, for model cards."""
+        if self.is_text_conditional:
+            return 'pipe("red apple")'
+        return "pipe(class_labels=0)" if self.is_class_conditional else "pipe(batch_size=4)"
+
+    def card(self, repo_id: str) -> str:
+        """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""
+        self._require("transformer")
+        return pipeline_card(self.transformer, self.example_call, model=f'"{repo_id}"')
 
     def compile(self) -> None:
         """
@@ -342,6 +430,18 @@ class RQPipeline(DiffusionPipeline):
         every position."""
         check_output_type(output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image, resize), depth=depth, output_type=output_type)
+
+
+def pipeline_card(transformer: RQTransformerModel, call: str, model: str = "...") -> str:
+    """The model card of a pipeline; `call` is the Python expression that samples from `pipe`, `model` that of its
+    place."""
+    height, width, depth = transformer.config.code_shape
+    return model_card(
+        f"RQ-Transformer on {height}×{width}×{depth} codes, {transformer.num_parameters():,} parameters",
+        pipeline_usage(f"{call}.images", model),
+        pipeline_tag="text-to-image" if is_text_conditional(transformer.config) else "unconditional-image-generation",
+        tags=["rq-transformer"],
+    )
 
 
 def check_output_type(output_type: str, accepted: Sequence[str]) -> None:

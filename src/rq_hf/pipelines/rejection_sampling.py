@@ -27,7 +27,7 @@ def score_images(scorer: Scorer, images: torch.Tensor, conditions: list | None) 
     return scores.cpu()
 
 
-def select_best(codes: torch.Tensor, scores: torch.Tensor, per_condition: int, num_images: int) -> torch.Tensor:
-    """Of every `per_condition` codes in a row the `num_images` of the highest scores, best first."""
+def select_best(scores: torch.Tensor, per_condition: int, num_images: int) -> torch.Tensor:
+    """Of every `per_condition` scores in a row the indices of the `num_images` highest, highest first."""
     best = scores.view(-1, per_condition).topk(num_images, dim=-1).indices  # (P, num_images)
-    return codes.unflatten(0, (-1, per_condition))[torch.arange(len(best))[:, None], best].flatten(0, 1)
+    return (best + per_condition * torch.arange(len(best))[:, None]).flatten()

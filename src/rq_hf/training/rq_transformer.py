@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..data import TrainingStream
 from ..images import captioned_grid
-from ..model_cards import PIPELINE_USAGE, model_card
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
+from ..pipelines.pipeline_rq import pipeline_card
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
 from .soft_labels import effective_codewords
@@ -292,14 +292,3 @@ def gathered_transformer(sharded: RQTransformerModel, state_dict: dict[str, torc
     model.load_state_dict(state_dict)
     model.generation_config = sharded.generation_config
     return model
-
-
-def pipeline_card(model: RQTransformerModel, call: str) -> str:
-    """The model card of a trained pipeline; `call` is the Python expression that samples from `pipe`."""
-    height, width, depth = model.config.code_shape
-    return model_card(
-        f"RQ-Transformer on {height}×{width}×{depth} codes, {model.num_parameters():,} parameters",
-        PIPELINE_USAGE.format(call=f"{call}.images"),
-        pipeline_tag="text-to-image" if model.config.cond_length > 1 else "unconditional-image-generation",
-        tags=["rq-transformer"],
-    )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..offloading import check_not_group_offloaded
 from .classifier import RQClassifier
 from .key_value_cache import MaskedKeyValueCache, StaticKeyValueCache
 
@@ -27,12 +28,13 @@ class RQAccelerationMixin:
         The model can still be saved, but no longer trained, moved, cast or loaded into.
 
         Raises `ValueError` on another device, in another dtype than float32 and bfloat16, for weights that are
-        quantized or on disk, for adapters that are not merged, without oneDNN, and after [`compile_steps`].
+        quantized or offloaded, for adapters that are not merged, without oneDNN, and after [`compile_steps`].
         """
         if self.is_packed:
             return
         if self._compile_options is not None:
             raise ValueError("cannot pack a model after compile_steps; reload it")
+        check_not_group_offloaded(self)
         if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"weights can be packed on a CPU in float32 or bfloat16, got a model on {self.device} in {self.dtype}"
@@ -64,10 +66,11 @@ class RQAccelerationMixin:
         Between calls, the key-value cache of every batch size is kept in memory.
 
         Raises `ValueError` for an attention implementation that takes no mask, such as flash attention, for packed
-        weights, and for a model that is spread over several devices.
+        weights, and for a model that is offloaded or spread over several devices.
         """
         if self.is_packed:
             raise ValueError("cannot compile a packed model; reload it")
+        check_not_group_offloaded(self)
         devices = set(getattr(self, "hf_device_map", {}).values())
         if len(devices) > 1:
             raise ValueError(f"cannot compile a model that is spread over {sorted(map(str, devices))}")

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..offloading import with_forward_hooks
+from ..offloading import onload_weights
 from .configuration_rq_transformer import RQTransformerConfig
 from .fused_cross_entropy import fused_linear_cross_entropy
 
@@ -43,7 +43,7 @@ class RQClassifier(nn.Module):
         """Normed states `(..., E)` -> logits `(..., K)` by the map with index m."""
         return F.linear(hidden_states, self.weight[m], self.bias[m])
 
-    @with_forward_hooks
+    @onload_weights
     def cross_entropy(
         self,
         hidden_states: torch.Tensor,

@@ -1,10 +1,18 @@
 """Configuration of the RQ-Transformer: one sub-configuration per stack."""
 
+import os
+from pathlib import Path
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..argument_checks import check_share
 from ..presets import load_preset
+
+# What `transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)` needs without `import rq_hf`.
+LOADER_FILE = "code_rq.py"
+LOADER = "from rq_hf import RQTransformerConfig, RQTransformerModel  # noqa: F401\n"
+AUTO_MAP = {"AutoConfig": "code_rq.RQTransformerConfig", "AutoModel": "code_rq.RQTransformerModel"}
 
 
 @strict
@@ -130,6 +138,19 @@ class RQTransformerConfig(PreTrainedConfig):
             raise ValueError(f"text_loss_weight must lie in [0, 1], got {self.text_loss_weight}")
         if not self.soft_label_temperature > 0:
             raise ValueError(f"soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which
+        `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without `import rq_hf`; everyone else needs
+        neither the file nor the argument."""
+        self.auto_map = AUTO_MAP
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, LOADER_FILE).write_text(LOADER, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: [`save_pretrained`] writes what `AutoConfig` needs, in place of the source files."""
 
     @classmethod
     def from_preset(cls, name: str) -> "RQTransformerConfig":

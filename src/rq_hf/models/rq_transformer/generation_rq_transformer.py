@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from ..codes import embed_codes
-from ..offloading import with_forward_hooks
+from ..offloading import onload_weights
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
 from .generation_settings import (
     GenerationSettings,
@@ -41,7 +41,7 @@ class RQGenerationMixin(GenerationMixin):
             )
         super().adjust_generation_fn(*args, **kwargs)
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def generate(
         self,

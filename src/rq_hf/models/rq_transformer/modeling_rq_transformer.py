@@ -189,6 +189,8 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     enter as codewords.
     """
 
+    _group_offload_block_modules = ["spatial_stack", "depth_stack"]
+
     def __init__(self, config: RQTransformerConfig):
         super().__init__(config)
         depth = config.code_shape[-1]
@@ -212,6 +214,10 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         self.depth_stack = RQStack._from_config(config.depth_config)
         self.classifier = RQClassifier(config)
         self.post_init()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: [`RQTransformerConfig.save_pretrained`] writes what `AutoModel` needs."""
 
     @property
     def num_positions(self) -> int:

@@ -23,7 +23,7 @@ from torch import nn
 from ...untrusted_files import read_state_dict, read_yaml
 from ..argument_checks import check_bool, check_size
 from ..codes import check_codes
-from ..offloading import with_forward_hooks
+from ..offloading import check_not_group_offloaded, onload_weights
 from ..presets import load_preset
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
@@ -213,7 +213,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         rows, columns = self.pixels_per_code
         return self.config.sample_size // rows, self.config.sample_size // columns, self.config.depth
 
-    @with_forward_hooks
+    @onload_weights
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
 
@@ -223,12 +223,12 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
         return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
 
-    @with_forward_hooks
+    @onload_weights
     def encode_to_vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> the vectors `(B, H, W, C)` that are quantized."""
         return self.patchify(self.encode(pixels).latents)
 
-    @with_forward_hooks
+    @onload_weights
     def quantize(self, latents: torch.Tensor, return_dict: bool = True) -> QuantizerOutput | tuple[torch.Tensor, ...]:
         """Feature map `(B, C, H, W)` -> its residual quantization; in training mode also updates the codebook.
 
@@ -238,7 +238,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         output.quantized = self.unpatchify(output.quantized)
         return output if return_dict else output.to_tuple()
 
-    @with_forward_hooks
+    @onload_weights
     def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Feature map `(B, C, H, W)` -> pixels `(B, 3, height, width)`, about [-1, 1], not clamped."""
         sample = torch.cat([self._decode(q) for q in self._slices(quantized)])
@@ -252,13 +252,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         output = RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
         return output if return_dict else output.to_tuple()
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
         """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
         return self.quantizer.encode(self.encode_to_vectors(pixels)).codes
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def get_soft_codes(
         self,
@@ -278,13 +278,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         """
         return self.quantizer.get_soft_codes(self.encode_to_vectors(pixels), temperature, stochastic, generator)
 
-    @with_forward_hooks
+    @onload_weights
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords `(B, H, W, D, C)` of codes `(B, H, W, D)`, not summed."""
         check_codes(codes, self.config.depth, self.config.codebook_size)
         return self.quantizer.embed(codes)
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def decode_codes(
         self,
@@ -324,6 +324,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         each upsampling and the convolution after it become one transposed convolution. Images stay the same up to
         rounding. The model can still be moved, cast, saved and loaded, but no longer trained.
         """
+        check_not_group_offloaded(self)
         self.requires_grad_(False)
         fuse_blocks(self)
         self.to(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..argument_checks import check_bool, check_size
 from ..codes import embed_codes
-from ..offloading import check_not_offloaded, with_forward_hooks
+from ..offloading import check_not_offloaded, onload_weights
 from .nearest_codes import check_finite, check_temperature, k_means, nearest, sample_codes, soft_targets
 
 
@@ -167,7 +167,7 @@ class ResidualQuantizer(nn.Module):
             codebook_loss=torch.stack(codebook_loss).mean() if self.codebook_update == "gradient" else None,
         )
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def encode(
         self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
@@ -204,12 +204,12 @@ class ResidualQuantizer(nn.Module):
         """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
         return self.embed(codes).sum(dim=-2)
 
-    @with_forward_hooks
+    @onload_weights
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
         return embed_codes(codes, self.codebook)
 
-    @with_forward_hooks
+    @onload_weights
     @torch.no_grad()
     def get_soft_codes(
         self,
