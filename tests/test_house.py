@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT_FOLDERS = ("examples", "benchmarks", "docs")
 OUTSIDE = (*SCRIPT_FOLDERS, "tests")
-GROUND = {"files", "images", "model_cards", "text"}
+GROUND = {"argument_checks", "files", "images", "model_cards", "text"}
 # The modules and packages in src/rq_hf, and which others they may import.
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, set()),

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .argument_checks import check_bool, check_floating, check_instance, check_size
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image -> RGB, rotated as its EXIF orientation says; transparent parts become white."""
@@ -26,6 +28,9 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
         center_crop: resize the shorter side and crop the centre (their unconditional and class-conditional models);
             otherwise resize to the square without keeping the aspect ratio (their text-to-image models).
     """
+    check_instance("image", image, Image.Image)
+    check_size("resolution", resolution)
+    check_bool("center_crop", center_crop)
     width, height = (resolution * side // min(image.size) if center_crop else resolution for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((side - resolution) / 2) for side in image.size)
@@ -39,6 +44,8 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
 
     Unlike `diffusers.utils.make_image_grid`, it takes tensors and leaves the rest of an incomplete row white.
     """
+    check_floating("images", images, "B", 3, "height", "width")
+    check_size("columns", columns)
     batch_size, channels, height, width = images.shape
     rows = math.ceil(batch_size / columns)
     canvas = torch.ones(rows * columns, channels, height, width)

@@ -5,13 +5,12 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 `counts["truncated_captions"]` exist where they can occur.
 """
 
-import operator
-
 import datasets
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import check_bool, check_instance, check_items, check_size, is_integer
 from ..images import to_pixels, to_rgb
 from ..text import encode_captions
 from .latents import bytes_to_latents
@@ -22,9 +21,16 @@ def decode_image(value: Image.Image | dict) -> Image.Image:
     return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
+def value_of(example: dict, column: str):
+    """Raises `ValueError` for a column that the example lacks."""
+    if column not in example:
+        raise ValueError(f"the data has no column {column!r}; there are {', '.join(example)}")
+    return example[column]
+
+
 def caption_of(example: dict, column: str) -> str:
     """Raises `ValueError` with the example's index for a caption that is not a string."""
-    caption = example[column]
+    caption = value_of(example, column)
     if not isinstance(caption, str):
         raise ValueError(f"the caption of example {example['example_index']} must be a string, got {caption!r}")
     return caption
@@ -33,12 +39,10 @@ def caption_of(example: dict, column: str) -> str:
 def label_of(example: dict, column: str, num_classes: int | None = None) -> int:
     """Raises `ValueError` with the example's index for a label that is not an integer, or, with `num_classes`, not in
     [0, num_classes)."""
-    try:
-        label = int(operator.index(example[column]))
-    except TypeError as error:
-        raise ValueError(
-            f"the label of example {example['example_index']} must be an integer, got {example[column]!r}"
-        ) from error
+    label = value_of(example, column)
+    if not is_integer(label):
+        raise ValueError(f"the label of example {example['example_index']} must be an integer, got {label!r}")
+    label = int(label)
     if num_classes is not None and not 0 <= label < num_classes:
         raise ValueError(
             f"the label of example {example['example_index']} must lie in [0, {num_classes}), got {label}"
@@ -77,6 +81,12 @@ class ImageCollator:
         center_crop: bool = True,
         num_classes: int | None = None,
     ):
+        check_instance("image_column", image_column, str)
+        check_size("resolution", resolution)
+        check_bool("random_flip", random_flip)
+        check_bool("skip_corrupt_images", skip_corrupt_images)
+        check_bool("center_crop", center_crop)
+        check_conditions(text_column, tokenizer, label_column, num_classes)
         self.image_column = image_column
         self.resolution = resolution
         self.random_flip = random_flip
@@ -104,8 +114,9 @@ class ImageCollator:
         """Pixels `(B, 3, resolution, resolution)` of the examples whose image can be decoded, and these examples."""
         pixels, decoded = [], []
         for example in examples:
+            value = value_of(example, self.image_column)
             try:
-                image = decode_image(example[self.image_column])
+                image = decode_image(value)
             except Exception as error:
                 if self.skip_corrupt_images:
                     continue
@@ -138,6 +149,10 @@ class LatentCollator:
         label_column: str | None = None,
         num_classes: int | None = None,
     ):
+        check_items("shape", shape, 3)
+        for size in shape:
+            check_size("shape", size)
+        check_conditions(text_column, tokenizer, label_column, num_classes)
         self.shape = shape
         self.text_column = text_column
         self.tokenizer = tokenizer
@@ -150,6 +165,23 @@ class LatentCollator:
             examples, self.text_column, self.tokenizer, self.label_column, self.num_classes
         )
         return {"latents": latents, **conditions, "counts": {"images": len(examples), **counts}}
+
+
+def check_conditions(
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    label_column: str | None,
+    num_classes: int | None,
+) -> None:
+    """Raises `TypeError`/`ValueError` for these arguments of the collators where they are of another type or size, and
+    for a text column without a tokenizer."""
+    for name, column in (("text_column", text_column), ("label_column", label_column)):
+        if column is not None:
+            check_instance(name, column, str)
+    if text_column is not None:
+        check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if num_classes is not None:
+        check_size("num_classes", num_classes)
 
 
 def encode_conditions(

@@ -7,12 +7,14 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import torch
 
+from ..argument_checks import check_floating
 from ..models import RQVAEModel
 from .loading import load_image_dataset
 
@@ -40,12 +42,18 @@ def describe_latents(vae: RQVAEModel) -> dict:
 
 def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
     """Latents `(B, H, W, C)` -> how each image's are stored."""
+    check_floating("latents", latents, "B", "H", "W", "C")
     latents = latents.to(DTYPE).cpu().contiguous()
     return [image.view(torch.uint8).numpy().tobytes() for image in latents]
 
 
 def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
     """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+    needed = math.prod(shape) * DTYPE.itemsize
+    for image in stored:
+        if not isinstance(image, bytes) or len(image) != needed:
+            found = f"{len(image)}" if isinstance(image, bytes) else f"{image!r:.80}"
+            raise ValueError(f"latents of the shape {tuple(shape)} must be {needed} bytes per image, got {found}")
     return torch.frombuffer(bytearray().join(stored), dtype=DTYPE).view(-1, *shape)
 
 

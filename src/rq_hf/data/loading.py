@@ -6,6 +6,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..argument_checks import check_instance
+
 BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -44,6 +46,7 @@ def load_image_dataset(
     if (dataset_name is None) == (data_files is None):
         raise ValueError(f"expected either dataset_name or data_files, got {dataset_name!r} and {data_files!r}")
     if data_files is not None:
+        check_instance("data_files", data_files, str)
         builder = BUILDERS.get(Path(data_files).suffix)
         if builder is None:
             raise ValueError(f"data_files must end in one of {', '.join(BUILDERS)}, got {data_files!r}")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import is_integer
 from ..models import RQTransformerConfig
-from ..models.argument_checks import is_integer
 from ..text import encode_captions
 
 ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor

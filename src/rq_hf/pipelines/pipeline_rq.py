@@ -3,6 +3,7 @@
 Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, `L` length of the condition.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +15,24 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import (
+    check_callable,
+    check_choice,
+    check_dense,
+    check_instance,
+    check_integer,
+    check_items,
+    check_size,
+)
 from ..images import to_rgb
-from ..models import RQTransformerModel, RQVAEModel
-from ..models.argument_checks import check_size
+from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
     ClassLabels,
     as_list,
     check_conditions,
+    check_prompts,
     encode_conditions,
     encode_prompts,
     is_class_conditional,
@@ -69,6 +79,13 @@ class RQPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        # Compiled models and models with adapters are wrapped.
+        if vae is not None and not hasattr(vae, "quantizer"):
+            raise TypeError(f"vae must be an RQVAEModel, got {vae!r:.80}")
+        if transformer is not None and not isinstance(getattr(transformer, "config", None), RQTransformerConfig):
+            raise TypeError(f"transformer must be an RQTransformerModel, got {transformer!r:.80}")
+        if tokenizer is not None:
+            check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if vae is not None and transformer is not None:
             check_same_codes(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
@@ -100,6 +117,8 @@ class RQPipeline(DiffusionPipeline):
         num_candidates,
         batch_size,
         output_type,
+        start,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
@@ -111,7 +130,10 @@ class RQPipeline(DiffusionPipeline):
         check_candidates(scorer, num_candidates)
         if batch_size is not None:
             check_size("batch_size", batch_size)
-        check_output_type(output_type, OUTPUT_TYPES)
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        check_integer("start", start, 0, self.transformer.num_positions)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        check_items("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -125,6 +147,7 @@ class RQPipeline(DiffusionPipeline):
         """
         self._require("tokenizer")
         self._require("transformer")
+        check_prompts("prompt", prompt)
         return encode_prompts(self.tokenizer, as_list(prompt), self.transformer.config.cond_length)
 
     @torch.no_grad()
@@ -194,6 +217,8 @@ class RQPipeline(DiffusionPipeline):
             num_candidates=num_candidates,
             batch_size=batch_size,
             output_type=output_type,
+            start=start,
+            callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
@@ -204,9 +229,11 @@ class RQPipeline(DiffusionPipeline):
         num_samples = per_condition * conditions.count
         conditions = conditions.repeat(per_condition)
         check_generator(generator, num_samples)
-        if prefix_codes is not None and len(prefix_codes) != num_samples:
+        if prefix_codes is not None:
+            check_dense("prefix_codes", prefix_codes)
+        if prefix_codes is not None and prefix_codes.shape[:1] != (num_samples,):
             raise ValueError(
-                f"prefix_codes must be one map per sampled image ({num_samples}), got {len(prefix_codes)}"
+                f"prefix_codes must be one map per sampled image ({num_samples}), got the shape {tuple(prefix_codes.shape)}"
             )
 
         # 3. Sample codes batch by batch, and score their images
@@ -224,7 +251,7 @@ class RQPipeline(DiffusionPipeline):
                             return None
                         tensors = {"codes": codes} if "codes" in callback_on_step_end_tensor_inputs else {}
                         outputs = callback_on_step_end(self, first_step + position, position, tensors)
-                        return None if outputs is None else outputs.get("codes")
+                        return returned_codes(outputs)
 
                     codes = self.transformer.generate(
                         take(conditions.cond_ids, rows),
@@ -293,17 +320,21 @@ class RQPipeline(DiffusionPipeline):
         self._require("vae")
         rows, columns = self.vae.pixels_per_code
         mode = "L" if self.vae.config.in_channels == 1 else "RGB"
-        images = image if isinstance(image, list) else [image]
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if len({type(i) if isinstance(i, np.ndarray | torch.Tensor) else PIL.Image.Image for i in images}) != 1:
+            raise TypeError("image must be images of one kind, got none, or PIL images, arrays and tensors mixed")
         images = [to_rgb(i).convert(mode) if isinstance(i, PIL.Image.Image) else i for i in images]
         sizes = {i.size for i in images if isinstance(i, PIL.Image.Image)}
         if len(sizes) > 1:
             raise ValueError(f"images of one batch must have the same size, got {sorted(sizes)}")
         if any(width % columns or height % rows for width, height in sizes):
-            raise ValueError(f"width and height must be divisible by {columns} and {rows}, got {sizes.pop()}")
-        for i in images:
-            if not isinstance(i, PIL.Image.Image):
-                check_unit_range(i)
-        pixels = self.image_processor.preprocess(images if sizes else image)
+            raise ValueError(
+                f"width and height of an image must be divisible by {columns} and {rows}, got {sizes.pop()}"
+            )
+        if not sizes:
+            channels = self.vae.config.in_channels
+            images = torch.cat([to_unit_pixels(i, channels) for i in images])
+        pixels = self.image_processor.preprocess(images)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
     @torch.no_grad()
@@ -317,7 +348,7 @@ class RQPipeline(DiffusionPipeline):
         """Codes `(B, H, W, D)` -> images (`"pil"`, `"np"` or `"pt"`); with `depth=d` from the first d codes of every
         position, and with `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
         self._require("vae")
-        check_output_type(output_type, IMAGE_TYPES)
+        check_choice("output_type", output_type, IMAGE_TYPES)
         sample = self.vae.decode_codes(codes, depth, num_positions).sample
         return self.image_processor.postprocess(sample.float(), output_type=output_type)
 
@@ -325,25 +356,47 @@ class RQPipeline(DiffusionPipeline):
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded and decoded; with `depth=d` from the first d codes of every position."""
-        check_output_type(output_type, IMAGE_TYPES)
+        check_choice("output_type", output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image), depth=depth, output_type=output_type)
 
 
-def check_output_type(output_type: str, accepted: Sequence[str]) -> None:
-    if output_type not in accepted:
-        raise ValueError(f"output_type must be one of {accepted}, got {output_type!r}")
+def to_unit_pixels(image: np.ndarray | torch.Tensor, channels: int) -> torch.Tensor:
+    """
+    Arrays `(height, width, 3)` or tensors `(3, height, width)` in [0, 1], with or without a batch dimension ->
+    `(B, 3, height, width)`.
 
-
-def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:
-    """Raises `TypeError` unless pixels are floating point, and `ValueError` unless they lie in [0, 1]."""
-    if not isinstance(pixels, np.ndarray | torch.Tensor):
-        raise TypeError(f"images must be PIL images, arrays or tensors, or a list of them, got {type(pixels)}")
-    pixels = torch.as_tensor(pixels)
-    if not pixels.is_floating_point():
-        raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {pixels.dtype}")
+    Raises `TypeError` unless they are floating point, and `ValueError` for another shape or range.
+    """
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise TypeError(f"image must be a PIL image, array or tensor, or a list of them, got {image!r:.80}")
+    if isinstance(image, np.ndarray):
+        sides, wanted = image.shape[-3:], f"(B, height, width, {channels})"
+    else:
+        check_dense("image", image)
+        sides, wanted = (*image.shape[-2:], *image.shape[-3:-2]), f"(B, {channels}, height, width)"
+    if image.ndim not in (3, 4) or sides[2] != channels or not math.prod(image.shape):
+        raise ValueError(f"image must have the shape {wanted}, not empty, got {tuple(image.shape)}")
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype.kind != "f"
+        or isinstance(image, torch.Tensor)
+        and not image.is_floating_point()
+    ):
+        raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
+    pixels = torch.as_tensor(image)
+    pixels = pixels if pixels.ndim == 4 else pixels[None]
+    pixels = pixels.permute(0, 3, 1, 2) if isinstance(image, np.ndarray) else pixels
     lowest, highest = (float(value) for value in pixels.aminmax())
     if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
-        raise ValueError(f"arrays and tensors must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
+        raise ValueError(f"image must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
+    return pixels
+
+
+def returned_codes(outputs: dict | None) -> torch.Tensor | None:
+    """The codes in what `callback_on_step_end` returned, if any."""
+    if outputs is not None and not (isinstance(outputs, dict) and outputs.keys() <= {"codes"}):
+        raise TypeError(f"callback_on_step_end must return None or a dictionary with 'codes', got {outputs!r:.80}")
+    return None if outputs is None else outputs.get("codes")
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:

@@ -3,7 +3,6 @@ The command line of the training scripts. Only here and in the scripts' `main` a
 methods hand the values on to functions that know nothing of a command line.
 """
 
-import math
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,20 +16,13 @@ from huggingface_hub.utils import validate_repo_id
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser
 
+from ..argument_checks import check_number
 from ..data import ImageCollator, LatentCollator, TrainingStream, latents_shape, load_image_dataset, load_latents
 from ..data.loading import BUILDERS
 from ..models import RQTransformerModel, RQVAEModel
 from .checkpoints import Checkpoints
 from .loop import create_accelerator, create_optimizer, create_scheduler
 from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
-
-RANGES = {
-    "be at least 0": lambda number: number >= 0,
-    "be at least 1": lambda number: number >= 1,
-    "be at least 2": lambda number: number >= 2,
-    "be greater than 0": lambda number: number > 0,
-    "lie in [0, 1)": lambda number: 0 <= number < 1,
-}
 
 
 def check_numbers(arguments, requirement: str, *names: str) -> None:
@@ -45,10 +37,8 @@ def check_numbers(arguments, requirement: str, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not RANGES[requirement](number):
-                raise ValueError(f"--{name} must {requirement}, got {number}")
-            if number == math.inf:
-                raise ValueError(f"--{name} must {requirement} and be finite, got {number}")
+            if number is not None:
+                check_number(f"--{name}", number, requirement)
 
 
 def check_repository(name: str) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...argument_checks import check_integer, is_integer
+
 # Below this p most proposals would fall outside the nucleus, so the nucleus is found by sorting instead.
 MIN_ACCEPTANCE = 0.5
 
@@ -20,10 +22,15 @@ def check_generator(generator: Generators, batch_size: int) -> None:
     """Raises `TypeError`/`ValueError` unless this is one generator, or one generator or seed per image."""
     if generator is None or isinstance(generator, torch.Generator):
         return
-    if not isinstance(generator, list | tuple) or not all(isinstance(g, torch.Generator | int) for g in generator):
+    if not isinstance(generator, list | tuple) or not all(
+        isinstance(g, torch.Generator) or is_integer(g) for g in generator
+    ):
         raise TypeError(f"generator must be a torch.Generator, or a list of them or of seeds, got {generator!r}")
     if len(generator) != batch_size:
         raise ValueError(f"expected one generator per image ({batch_size}), got {len(generator)}")
+    for seed in generator:
+        if not isinstance(seed, torch.Generator):
+            check_integer("a seed of generator", seed, -(2**63), 2**64 - 1)
     objects = [g for g in generator if isinstance(g, torch.Generator)]
     if len({id(g) for g in objects}) < len(objects):
         raise ValueError("each image needs its own generator, but one was passed twice")
@@ -33,7 +40,7 @@ def uniform_numbers(generator: Generators, shape: tuple[int, ...], device: torch
     """Float64 numbers in [0, 1) of shape `(B, ...)`; with one generator per image, each image uses its own."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(generator, Sequence):
-        generators = [torch.Generator().manual_seed(g) if isinstance(g, int) else g for g in generator]
+        generators = [torch.Generator().manual_seed(int(g)) if is_integer(g) else g for g in generator]
         rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generators]
         return torch.stack(rows)
     where = device if generator is None else generator.device

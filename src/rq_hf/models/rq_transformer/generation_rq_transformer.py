@@ -12,6 +12,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from transformers import GenerationConfig, GenerationMixin
 
+from ...argument_checks import check_callable, check_shape
 from ..codes import embed_codes
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
 from .generation_settings import (
@@ -109,6 +110,7 @@ class RQGenerationMixin(GenerationMixin):
         )
         settings.check_guidance(guidance_schedule, negative_cond_ids, self.config.null_cond_id)
         batch_size = resolve_batch_size(cond_ids, num_images, prefix_codes)
+        check_callable("on_position", on_position)
         check_generator(generator, batch_size)
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size).to(self.device)
         codes = self._prepare_codes(prefix_codes, start, keep_depth, batch_size)  # (B, T, D)
@@ -141,7 +143,10 @@ class RQGenerationMixin(GenerationMixin):
                 if on_position is not None:
                     codes, needs_prefill = self._apply_callback(on_position, position, codes, keep_depth)
         if not largest_logits.isfinite().all():  # checked once: each check synchronises with the device
-            raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
+            raise ValueError(
+                "the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32, and with a large "
+                "guidance_scale a smaller one"
+            )
         return codes.view(batch_size, height, width, depth)
 
     def _sampling_steps(self) -> tuple[Callable, Callable]:
@@ -214,10 +219,12 @@ class RQGenerationMixin(GenerationMixin):
         """The codes `(B, T, D)` to continue with, and whether the callback changed them."""
         code_map = codes.unflatten(1, self.config.code_shape[:2])
         replaced = on_position(position, code_map.clone())
-        if replaced is None or torch.equal(replaced, code_map):
+        if replaced is None:
             return codes, False
-        if len(replaced) != len(codes):
-            raise ValueError(f"on_position must keep the batch size {len(codes)}, got {len(replaced)}")
+        self.check_codes(replaced, "the codes that on_position returns")
+        check_shape("the codes that on_position returns", replaced, *code_map.shape)
+        if torch.equal(replaced.to(codes.device), code_map):
+            return codes, False
         return self._prepare_codes(replaced, position + 1, keep_depth, len(codes)), True
 
     def _prepare_codes(self, prefix_codes, start, keep_depth, batch_size) -> torch.Tensor:
@@ -227,7 +234,7 @@ class RQGenerationMixin(GenerationMixin):
             batch_size, self.num_positions, self.config.code_shape[-1], dtype=torch.long, device=self.device
         )
         if prefix_codes is not None:
-            self.check_codes(prefix_codes)
+            self.check_codes(prefix_codes, "prefix_codes")
             given = prefix_codes.flatten(1, 2).to(self.device)
             codes[:, :start] = given[:, :start]
             codes[:, start:, :keep_depth] = given[:, start:, :keep_depth]
@@ -237,7 +244,7 @@ class RQGenerationMixin(GenerationMixin):
         """The condition that guidance steers away from, `(B, L)`."""
         if negative_cond_ids is None:
             return torch.full_like(cond_ids, self.config.null_cond_id)
-        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids)).to(self.device)
+        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids), "negative_cond_ids").to(self.device)
 
     def _cache_dtype(self) -> torch.dtype:
         device = self.device.type

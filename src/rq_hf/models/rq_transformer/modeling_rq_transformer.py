@@ -17,7 +17,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from ..codes import check_codes, check_range, embed_codes
+from ...argument_checks import (
+    check_bool,
+    check_dense,
+    check_finite,
+    check_floating,
+    check_instance,
+    check_int64,
+    check_range,
+    check_temperature,
+)
+from ..codes import embed_codes
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -167,6 +177,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     """
 
     def __init__(self, config: RQTransformerConfig):
+        check_instance("config", config, RQTransformerConfig)
         super().__init__(config)
         depth = config.code_shape[-1]
         hidden_size = config.spatial_config.hidden_size
@@ -198,12 +209,10 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
 
     @torch.no_grad()
     def set_codebook(self, codebook: torch.Tensor) -> None:
-        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape."""
-        if codebook.shape != self.codebook.shape:
-            raise ValueError(
-                f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
-                f"got {tuple(codebook.shape)}"
-            )
+        """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape
+        and for values that are NaN or infinite."""
+        check_floating("codebook", codebook, *self.codebook.shape)
+        check_finite("codebook", codebook)
         self.codebook.copy_(codebook)
 
     def forward(
@@ -234,6 +243,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0.
         """
         self._check_forward(codes, labels, residuals, soft_label_temperature)
+        check_bool("return_logits", return_logits)
         batch_size, height, width, depth = codes.shape
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size)
         codes = codes.reshape(batch_size, height * width, depth)
@@ -302,7 +312,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         does not compute in, the dtype of the projection. The position embeddings have the dtype of the arithmetic."""
         return projection(codewords.to(self.depth_position_embedding.dtype))
 
-    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int, name: str = "cond_ids") -> torch.Tensor:
         """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
 
         Raises `ValueError` when they are missing, of another shape, or out of range.
@@ -314,32 +324,26 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                     f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed"
                 )
             return torch.zeros(batch_size, length, dtype=torch.long, device=self.device)
+        check_dense(name, cond_ids)
         if length == 1 and cond_ids.ndim == 1:
             cond_ids = cond_ids[:, None]
-        if cond_ids.shape != (batch_size, length):
-            raise ValueError(f"cond_ids must have the shape ({batch_size}, {length}), got {tuple(cond_ids.shape)}")
-        check_range("cond_ids", cond_ids, vocab_size)
+        check_int64(name, cond_ids, batch_size, length)
+        check_range(name, cond_ids, vocab_size)
         return cond_ids
 
-    def check_codes(self, codes: torch.Tensor) -> None:
+    def check_codes(self, codes: torch.Tensor, name: str = "codes") -> None:
         """Raises `ValueError`/`TypeError` unless `codes` is an int64 `(B, H, W, D)` map of this model."""
-        check_codes(codes, self.config.code_shape[-1], self.config.codebook_size)
-        if tuple(codes.shape[1:]) != self.config.code_shape:
-            raise ValueError(f"codes must have the shape (B, *{self.config.code_shape}), got {tuple(codes.shape)}")
+        check_int64(name, codes, "B", *self.config.code_shape)
+        check_range(name, codes, self.config.codebook_size)
 
     def _check_forward(self, codes, labels, residuals, temperature):
         self.check_codes(codes)
         if labels is not None and residuals is not None:
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
-            self.check_codes(labels)
+            self.check_codes(labels, "labels")
             if len(labels) != len(codes):
                 raise ValueError(f"codes and labels must have the same batch size, got {len(codes)} and {len(labels)}")
         if residuals is not None:
-            if residuals.shape != (*codes.shape, self.config.codebook_dim):
-                raise ValueError(
-                    f"residuals must have the shape {(*codes.shape, self.config.codebook_dim)}, "
-                    f"got {tuple(residuals.shape)}"
-                )
-            if not temperature > 0:
-                raise ValueError(f"soft_label_temperature must be greater than 0, got {temperature}")
+            check_floating("residuals", residuals, *codes.shape, self.config.codebook_dim)
+            check_temperature("soft_label_temperature", temperature)
