@@ -1,11 +1,15 @@
 """Checks of single arguments, which say what was got and what is accepted."""
 
 import math
+import os
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
+from types import UnionType
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 RANGES = {
     "be at least 0": lambda number: number >= 0,
@@ -28,7 +32,7 @@ def is_integer(value) -> bool:
 
 def is_number(value) -> bool:
     """Whether `value` is a real number of Python or NumPy; a boolean is not one."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: int, lowest: int, highest: int) -> None:
@@ -78,10 +82,24 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r:.80}")
 
 
-def check_instance(name: str, value, accepted: type) -> None:
-    """Raises `TypeError` unless `value` is an instance of the class."""
+def check_instance(name: str, value, accepted: type | UnionType) -> None:
+    """Raises `TypeError` unless `value` is an instance of the class, or of one of the classes."""
     if not isinstance(value, accepted):
-        raise TypeError(f"{name} must be of type {accepted.__name__}, got {value!r:.80}")
+        kind = accepted if isinstance(accepted, UnionType) else accepted.__name__
+        raise TypeError(f"{name} must be of type {kind}, got {value!r:.80}")
+
+
+def check_source(name: str, source: str | os.PathLike) -> None:
+    """Raises `TypeError` unless this is a name, `FileNotFoundError` unless it is a folder or possible on the Hub."""
+    check_instance(name, source, str | os.PathLike)
+    if os.path.isdir(source):
+        return
+    try:
+        validate_repo_id(os.fspath(source))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{name} must be a folder or user/name on the Hub; there is no folder {os.fspath(source)!r}"
+        ) from error
 
 
 def check_items(name: str, values: Sequence, count: int | None = None) -> None:

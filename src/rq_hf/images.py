@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .argument_checks import check_bool, check_floating, check_instance, check_size
+from .argument_checks import check_bool, check_finite, check_floating, check_instance, check_size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -29,6 +29,8 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
             otherwise resize to the square without keeping the aspect ratio (their text-to-image models).
     """
     check_instance("image", image, Image.Image)
+    if image.mode != "RGB":
+        raise ValueError(f"image must have the mode RGB, got {image.mode}")
     check_size("resolution", resolution)
     check_bool("center_crop", center_crop)
     width, height = (resolution * side // min(image.size) if center_crop else resolution for side in image.size)
@@ -45,6 +47,7 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     Unlike `diffusers.utils.make_image_grid`, it takes tensors and leaves the rest of an incomplete row white.
     """
     check_floating("images", images, "B", 3, "height", "width")
+    check_finite("images", images)
     check_size("columns", columns)
     batch_size, channels, height, width = images.shape
     rows = math.ceil(batch_size / columns)

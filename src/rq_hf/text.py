@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .argument_checks import check_instance, check_items, check_number, check_size
+from .argument_checks import check_instance, check_items, check_number, check_size, check_source
 
 SMALLEST_VOCABULARY = 257
 
@@ -65,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 def checked_texts(texts: Iterable[str]) -> Iterator[str]:
     """The texts, one by one; raises `TypeError` for anything but strings."""
-    if isinstance(texts, str):
+    if isinstance(texts, str) or not hasattr(texts, "__iter__"):
         raise TypeError(f"texts must be several strings, got {texts!r:.80}")
     for text in texts:
         check_instance("texts", text, str)
@@ -76,8 +76,11 @@ def load_tokenizer(name: str | Path, length: int) -> PreTrainedTokenizerBase:
     """
     A tokenizer for captions of `length` tokens, from a folder or a Hub id.
 
-    Raises `ValueError` for a tokenizer without a padding token, which stands for "no text".
+    Raises `ValueError` for a tokenizer without a padding token, which stands for "no text", and `FileNotFoundError`
+    for a name that is neither a folder nor possible on the Hub.
     """
+    check_source("tokenizer", name)
+    check_size("length", length)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer {name} has no padding token, which stands for 'no text'")

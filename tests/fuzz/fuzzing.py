@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import partial
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -29,26 +28,23 @@ from torch.utils._pytree import tree_flatten
 NAMES = {"np": np, "torch": torch, "nan": math.nan, "inf": math.inf, "Decimal": Decimal, "Fraction": Fraction}
 
 # Values of all types, for arguments of any kind.
-ODDITIES = """None; True; False; 0; 1; -1; 2; 3; 10**15; 2**63; -2**63; 0.5; 1.5; 2.0; -0.5; 1e-320; 1e308; nan; inf; -inf;
-'1'; '0.5'; 'abc'; ''; 'nan'; 'True'; b'1'; []; (); {}; [1]; [0.5]; [None]; ['1']; [nan]; [True]; [[1.0]]; (1,); 1j;
-np.int64(2); np.int32(1); np.uint8(1); np.float32(0.5); np.float16(0.5); np.float64(nan); np.bool_(True); np.array(2);
-np.array(0.5); np.array(nan); np.array([1, 2]); np.ones(4); np.ones(4, int); np.ones((1, 4)); np.array([]);
-np.array('1'); np.array([None]); torch.tensor(2); torch.tensor(0.5); torch.tensor(nan); torch.tensor(True);
+ODDITIES = """None; True; False; 0; 1; -1; 2; 3; 10**15; 2**63; -2**63; 0.5; 1.5; 2.0; -0.5; 1e-320; 1e308; nan; inf;
+-inf; '1'; '0.5'; 'abc'; ''; 'nan'; 'True'; b'1'; []; (); {}; [1]; [0.5]; [None]; ['1']; [nan]; [True]; [[1.0]]; (1,);
+1j; np.int64(2); np.int32(1); np.uint8(1); np.float32(0.5); np.float16(0.5); np.float64(nan); np.bool_(True);
+np.array(2); np.array(0.5); np.array(nan); np.array([1, 2]); np.ones(4); np.ones(4, int); np.ones((1, 4));
+np.array([]); np.array('1'); np.array([None]); torch.tensor(2); torch.tensor(0.5); torch.tensor(nan); torch.tensor(True);
 torch.ones(4); torch.ones(4, dtype=torch.long); torch.ones(3); torch.zeros(0); torch.ones(1); torch.ones(1, 4);
 [1, 2, 3, 4]; (1, 2, 3, 4); [0.5] * 4; (0.5, 0.6, 0.7, 0.8); [0.5, None, 0.5, 0.5]; [0.5, nan, 0.5, 0.5]; ['0.5'] * 4;
 [0.5] * 3; [-1] * 4; [[0.5]] * 4; range(1, 5); {'a': 1}; {1, 2}; object(); len; int; Fraction(1, 2); Decimal(1);
 torch.float32; torch.Generator(); iter([1])"""
-ODDITIES = tuple(text.strip() for text in ODDITIES.split(";"))
 
 # Variants of a valid tensor `x`.
-VARIANTS = """x.float(); x.double(); x.half(); x.bfloat16(); x.int(); x.byte(); x.bool(); x.to(torch.complex64); x[None];
-x[0]; x[:0]; x[..., :0]; x[..., :-1]; x[:1]; x[:, :1]; torch.cat([x, x]); torch.cat([x, x], -1); x.transpose(0, -1);
-x.flatten(); x.numpy(); x.numpy().astype('float64'); x.tolist(); [*x]; (x, x); [x, x]; {'x': x}; x.to('meta');
-x.to_sparse(); x.clone().requires_grad_(x.is_floating_point()); x * nan; x.float() * nan; x.float() + inf; x + 10**6;
--x - 1; x * 255; x.numpy().astype(object); x.expand(2, *x.shape); x.clone().contiguous(); x.squeeze(); x.sum(); str(x)"""
-VARIANTS = tuple(text.strip() for text in VARIANTS.split(";"))
-
-
+VARIANTS = """x.float(); x.double(); x.half(); x.bfloat16(); x.int(); x.byte(); x.bool(); x.to(torch.complex64);
+x[None]; x[0]; x[:0]; x[..., :0]; x[..., :-1]; x[:1]; x[:, :1]; torch.cat([x, x]); torch.cat([x, x], -1);
+x.transpose(0, -1); x.flatten(); x.numpy(); x.numpy().astype('float64'); x.tolist(); [*x]; (x, x); [x, x]; {'x': x};
+x.to('meta'); x.to_sparse(); x.clone().requires_grad_(x.is_floating_point()); x * nan; x.float() * nan;
+x.float() + inf; x + 10**6; -x - 1; x * 255; x.numpy().astype(object); x.expand(2, *x.shape); x.clone().contiguous();
+x.squeeze(); x.sum(); str(x)"""
 HUGE = ("10**15", "2**63")
 
 
@@ -121,8 +117,6 @@ def _plain_flag(value):
     return value
 
 
-# As everywhere in diffusers and transformers, `return_dict` goes by the truth of its value.
-truth = Kind(bool, expressions("'no'; np.bool_(False)"))
 flag = Kind(_plain_flag, expressions("np.bool_(False); np.array(True); 'False'; 'no'"))
 
 
@@ -146,6 +140,17 @@ def listed(value) -> list:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return list(value)
     raise Invalid
+
+
+def restricted(kind: Kind, accepts: Callable[[Any], bool]) -> Kind:
+    """Of the values of a kind those whose plain one is accepted."""
+
+    def plain(value):
+        if not accepts(found := kind.plain(value)):
+            raise Invalid
+        return found
+
+    return kind._replace(plain=plain)
 
 
 def several(kind: Kind, count: int | None = None, values: str = "", container: type = list) -> Kind:
@@ -281,11 +286,11 @@ def uses_valid(target: Target, name: str, text: str) -> bool:
 
 def draw(rng: random.Random, target: Target, name: str) -> str:
     kind = target.kinds[name]
-    pools = [ODDITIES]
+    pools = [expressions(ODDITIES)]
     if kind.values:
         pools.append(kind.values)
     if kind.is_tensor and name in target.valid:
-        pools += [VARIANTS, VARIANTS]
+        pools += [expressions(VARIANTS)] * 2
     texts = rng.choice(pools)
     return rng.choice([text for text in texts if not kind.is_bounded or text not in HUGE])
 
@@ -296,7 +301,7 @@ class TooLong(Exception):
 
 @contextmanager
 def quiet(seconds: int = 20):
-    """No output, no warnings, and an end."""
+    """No output, no warnings, and an end; yields what would have been printed."""
 
     def stop(*_):
         raise TooLong(f"no result within {seconds} seconds")
@@ -304,9 +309,10 @@ def quiet(seconds: int = 20):
     previous = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        output = io.StringIO()
+        with warnings.catch_warnings(), redirect_stdout(output), redirect_stderr(output):
             warnings.simplefilter("ignore")
-            yield
+            yield output
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
@@ -334,9 +340,9 @@ def verdict(case: Case) -> tuple[str, str]:
     with quiet():
         try:
             result = evaluate(target, changed)
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            words = [word for name in changed for word in (name, *(target.also or {}).get(name, "").split("|")) if word]
-            named = any(re.search(rf"\b{word}\b", str(error)) for word in words)
+        except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+            words = "|".join(filter(None, [*changed, *((target.also or {}).get(name) for name in changed)]))
+            named = re.search(rf"\b({words})\b", str(error))
             return ("refused" if named else "obscure"), describe(error)
         except Exception as error:
             return "obscure", describe(error)
@@ -390,6 +396,3 @@ def same_leaf(a, b) -> bool:
 
 def tally(found: Sequence[tuple[str, Any, str]]) -> dict[str, int]:
     return {name: sum(verdict == name for verdict, *_ in found) for name in ("refused", "right", "obscure", "wrong")}
-
-
-_ = partial

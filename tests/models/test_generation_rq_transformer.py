@@ -419,7 +419,7 @@ def test_unknown_argument_is_an_error():
         ({"prefix_codes": tiny_codes(1) + K, "start": 1}, ValueError, rf"codes must lie in \[0, {K}\)"),
         ({"prefix_codes": tiny_codes(1, (W, H, D)), "start": 1}, ValueError, "codes must have the shape"),
         ({"prefix_codes": tiny_codes(2), "start": 1, "num_images": 3}, ValueError, "disagree on the batch size"),
-        ({"num_images": 0}, ValueError, "the batch size must be at least 1"),
+        ({"num_images": 0}, ValueError, "num_images must be at least 1"),
         ({"generator": 0}, TypeError, "a torch.Generator, or a list of them or of seeds, got 0"),
         ({"generator": [0, 1]}, ValueError, r"expected one generator per image \(1\), got 2"),
     ],

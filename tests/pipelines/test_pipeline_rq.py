@@ -320,7 +320,7 @@ def test_pixels_outside_the_unit_range_are_errors(pipe, method, value, found, as
 
 @pytest.mark.parametrize("image", ["cat.png", (0.5,), None])
 def test_what_is_no_image_is_an_error(pipe, image):
-    with pytest.raises(TypeError, match="images must be PIL images, arrays or tensors"):
+    with pytest.raises(TypeError, match="image must be a PIL image, array or tensor"):
         pipe.encode_image(image)
 
 

@@ -21,6 +21,13 @@ def decode_image(value: Image.Image | dict) -> Image.Image:
     return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
+def check_examples(examples: list[dict]) -> None:
+    """Raises `TypeError` unless this is a list of dictionaries."""
+    check_items("examples", examples)
+    for example in examples:
+        check_instance("examples", example, dict)
+
+
 def value_of(example: dict, column: str):
     """Raises `ValueError` for a column that the example lacks."""
     if column not in example:
@@ -112,6 +119,7 @@ class ImageCollator:
 
     def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
         """Pixels `(B, 3, resolution, resolution)` of the examples whose image can be decoded, and these examples."""
+        check_examples(examples)
         pixels, decoded = [], []
         for example in examples:
             value = value_of(example, self.image_column)
@@ -160,7 +168,8 @@ class LatentCollator:
         self.num_classes = num_classes
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
-        latents = bytes_to_latents([example["latents"] for example in examples], self.shape)
+        check_examples(examples)
+        latents = bytes_to_latents([value_of(example, "latents") for example in examples], self.shape)
         conditions, counts = encode_conditions(
             examples, self.text_column, self.tokenizer, self.label_column, self.num_classes
         )

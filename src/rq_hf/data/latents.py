@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from ..argument_checks import check_floating
+from ..argument_checks import check_floating, check_instance, check_items, check_size
 from ..models import RQVAEModel
 from .loading import load_image_dataset
 
@@ -49,6 +49,10 @@ def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
 
 def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
     """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+    check_items("stored", stored)
+    check_items("shape", shape, 3)
+    for size in shape:
+        check_size("shape", size)
     needed = math.prod(shape) * DTYPE.itemsize
     for image in stored:
         if not isinstance(image, bytes) or len(image) != needed:
@@ -82,6 +86,7 @@ def load_latents(
     Raises:
         `ValueError`: a folder without latents, latents of another RQ-VAE, or a missing column.
     """
+    check_instance("folder", folder, str | Path)
     description = Path(folder, DESCRIPTION)
     if not description.exists():
         raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")

@@ -56,7 +56,7 @@ class TrainingStream:
         self.dataset = dataset
         self.collate = collate
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed = int(seed)
         self.rank = rank
         self.world_size = world_size
         self.shuffle_buffer_size = shuffle_buffer_size

@@ -3,7 +3,7 @@
 Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, `L` length of the condition.
 """
 
-import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +19,12 @@ from ..argument_checks import (
     check_callable,
     check_choice,
     check_dense,
+    check_floating,
     check_instance,
     check_integer,
     check_items,
     check_size,
+    check_source,
 )
 from ..images import to_rgb
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
@@ -91,6 +93,13 @@ class RQPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "RQPipeline":
+        """As in diffusers, except that a name that is neither a folder nor possible on the Hub is a
+        `FileNotFoundError`."""
+        check_source("a pipeline", pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
     @property
     def is_text_conditional(self) -> bool:
         self._require("transformer")
@@ -123,6 +132,7 @@ class RQPipeline(DiffusionPipeline):
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
         self._require("transformer")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" or scorer is not None:
             self._require("vae")
         check_conditions(self.transformer.config, self.tokenizer, prompt, negative_prompt, class_labels)
@@ -130,7 +140,6 @@ class RQPipeline(DiffusionPipeline):
         check_candidates(scorer, num_candidates)
         if batch_size is not None:
             check_size("batch_size", batch_size)
-        check_choice("output_type", output_type, OUTPUT_TYPES)
         check_integer("start", start, 0, self.transformer.num_positions)
         check_callable("callback_on_step_end", callback_on_step_end)
         check_items("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
@@ -233,7 +242,7 @@ class RQPipeline(DiffusionPipeline):
             check_dense("prefix_codes", prefix_codes)
         if prefix_codes is not None and prefix_codes.shape[:1] != (num_samples,):
             raise ValueError(
-                f"prefix_codes must be one map per sampled image ({num_samples}), got the shape {tuple(prefix_codes.shape)}"
+                f"prefix_codes must be one map per sampled image ({num_samples}), got {tuple(prefix_codes.shape)}"
             )
 
         # 3. Sample codes batch by batch, and score their images
@@ -283,7 +292,7 @@ class RQPipeline(DiffusionPipeline):
             if output_type == "latent":
                 images = codes
             else:
-                samples = [self.vae.decode_codes(batch).sample.float() for batch in codes.split(batch_size)]
+                samples = [self._decode(batch) for batch in codes.split(batch_size)]
                 images = self.image_processor.postprocess(torch.cat(samples), output_type=output_type)
         finally:
             self.maybe_free_model_hooks()
@@ -349,8 +358,15 @@ class RQPipeline(DiffusionPipeline):
         position, and with `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
         self._require("vae")
         check_choice("output_type", output_type, IMAGE_TYPES)
-        sample = self.vae.decode_codes(codes, depth, num_positions).sample
-        return self.image_processor.postprocess(sample.float(), output_type=output_type)
+        sample = self._decode(codes, depth, num_positions)
+        return self.image_processor.postprocess(sample, output_type=output_type)
+
+    def _decode(self, codes: torch.Tensor, depth: int | None = None, num_positions: int | None = None) -> torch.Tensor:
+        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`, float32; `ValueError` where they are NaN or infinite."""
+        sample = self.vae.decode_codes(codes, depth, num_positions).sample.float()
+        if not sample.isfinite().all():
+            raise ValueError("the vae gave pixels that are NaN or infinite; in float16, try bfloat16 or float32")
+        return sample
 
     def reconstruct(
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil"
@@ -369,23 +385,15 @@ def to_unit_pixels(image: np.ndarray | torch.Tensor, channels: int) -> torch.Ten
     """
     if not isinstance(image, np.ndarray | torch.Tensor):
         raise TypeError(f"image must be a PIL image, array or tensor, or a list of them, got {image!r:.80}")
+    pixels = image
     if isinstance(image, np.ndarray):
-        sides, wanted = image.shape[-3:], f"(B, height, width, {channels})"
-    else:
-        check_dense("image", image)
-        sides, wanted = (*image.shape[-2:], *image.shape[-3:-2]), f"(B, {channels}, height, width)"
-    if image.ndim not in (3, 4) or sides[2] != channels or not math.prod(image.shape):
-        raise ValueError(f"image must have the shape {wanted}, not empty, got {tuple(image.shape)}")
-    if (
-        isinstance(image, np.ndarray)
-        and image.dtype.kind != "f"
-        or isinstance(image, torch.Tensor)
-        and not image.is_floating_point()
-    ):
-        raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
-    pixels = torch.as_tensor(image)
-    pixels = pixels if pixels.ndim == 4 else pixels[None]
-    pixels = pixels.permute(0, 3, 1, 2) if isinstance(image, np.ndarray) else pixels
+        if image.dtype.kind != "f":
+            raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
+        if image.ndim < 3 or image.shape[-1] != channels:
+            raise ValueError(f"image must have the shape (B, height, width, {channels}), got {image.shape}")
+        pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, -3)
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    check_floating("image", pixels, "B", channels, "height", "width")
     lowest, highest = (float(value) for value in pixels.aminmax())
     if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
         raise ValueError(f"image must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")

@@ -23,7 +23,14 @@ def check_candidates(scorer: Scorer | None, num_candidates: int) -> None:
 def score_images(scorer: Scorer, images: torch.Tensor, conditions: list | None) -> torch.Tensor:
     """Scores `(B,)`, on the CPU, of images `(B, 3, height, width)` in [0, 1]; `ValueError` for any other result."""
     scores = scorer(images, conditions)
-    if not torch.is_tensor(scores) or scores.shape != (len(images),) or scores.is_complex() or scores.isnan().any():
+    is_number_per_image = (
+        torch.is_tensor(scores)
+        and scores.shape == (len(images),)
+        and not scores.is_complex()
+        and scores.dtype != torch.bool
+        and not scores.isnan().any()
+    )
+    if not is_number_per_image:
         raise ValueError(f"scorer must return one number per image ({len(images)}), got {scores}")
     return scores.cpu()
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..argument_checks import LARGEST_SIZE, check_bool, check_integer, check_number, check_size, check_temperature
+from ..argument_checks import LARGEST_SIZE, check_bool, check_integer, check_number, check_temperature
 from ..data import TrainingStream
 from ..model_cards import PIPELINE_USAGE, model_card
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
@@ -37,9 +37,8 @@ def create_transformer(
 ) -> RQTransformerModel:
     """A new transformer on the codes of `vae`, with a copy of its codebook. The arguments are those of
     [`RQTransformerConfig`], the same for both stacks."""
-    check_size("spatial_layers", spatial_layers)
-    if depth_layers != 0:
-        check_size("depth_layers", depth_layers)
+    check_integer("spatial_layers", spatial_layers, 1, LARGEST_SIZE)
+    check_integer("depth_layers", depth_layers, 0, LARGEST_SIZE)
     stack = {
         "hidden_size": hidden_size,
         "num_attention_heads": num_attention_heads,

@@ -4,7 +4,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ...argument_checks import check_choice, check_items, check_number, check_size
+from ...argument_checks import (
+    LARGEST_SIZE,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_items,
+    check_number,
+    check_size,
+)
 from ..presets import load_preset
 
 
@@ -15,7 +23,7 @@ class RQStackConfig(PreTrainedConfig):
 
     Args:
         hidden_size (`int`): E.
-        num_hidden_layers (`int`): number of blocks; 0 is allowed.
+        num_hidden_layers (`int`): number of blocks; 0 is allowed in the depth stack.
         num_attention_heads (`int`): heads; divides `hidden_size`.
         intermediate_size (`int`, *optional*, defaults to 4·E): width of the MLP.
         hidden_act (`str`): `"gelu"` or any other activation of transformers.
@@ -47,8 +55,7 @@ class RQStackConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         check_size("intermediate_size", self.intermediate_size)
         check_size("num_attention_heads", self.num_attention_heads)
-        if self.num_hidden_layers != 0:
-            check_size("num_hidden_layers", self.num_hidden_layers)
+        check_integer("num_hidden_layers", self.num_hidden_layers, 0, LARGEST_SIZE)
         check_choice("hidden_act", self.hidden_act, list(ACT2FN))
         check_number("layer_norm_eps", self.layer_norm_eps, "be greater than 0")
         check_number("initializer_range", self.initializer_range, "be at least 0")
@@ -109,6 +116,8 @@ class RQTransformerConfig(PreTrainedConfig):
         if self.depth_config is None:
             self.depth_config = {"num_hidden_layers": 4}
         for name, config_class in self.sub_configs.items():
+            if getattr(self, name) is not None:
+                check_instance(name, getattr(self, name), dict | config_class)
             if not isinstance(getattr(self, name), config_class):
                 setattr(self, name, config_class(**(getattr(self, name) or {})))
         super().__post_init__(**kwargs)

@@ -144,8 +144,8 @@ class RQGenerationMixin(GenerationMixin):
                     codes, needs_prefill = self._apply_callback(on_position, position, codes, keep_depth)
         if not largest_logits.isfinite().all():  # checked once: each check synchronises with the device
             raise ValueError(
-                "the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32, and with a large "
-                "guidance_scale a smaller one"
+                "the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32, and where "
+                "guidance_scale is large, a smaller one"
             )
         return codes.view(batch_size, height, width, depth)
 
@@ -221,8 +221,9 @@ class RQGenerationMixin(GenerationMixin):
         replaced = on_position(position, code_map.clone())
         if replaced is None:
             return codes, False
-        self.check_codes(replaced, "the codes that on_position returns")
-        check_shape("the codes that on_position returns", replaced, *code_map.shape)
+        name = "what on_position (in a pipeline: callback_on_step_end) returns"
+        self.check_codes(replaced, name)
+        check_shape(name, replaced, *code_map.shape)
         if torch.equal(replaced.to(codes.device), code_map):
             return codes, False
         return self._prepare_codes(replaced, position + 1, keep_depth, len(codes)), True

@@ -75,15 +75,15 @@ class GenerationSettings:
             check_temperature("temperature", temperature)
         settings["top_k"] = [codebook_size if k is None else k for k in settings["top_k"]]
         for k in settings["top_k"]:
-            check_number("top_k", k, "be at least 1")
-            if k != int(k):
-                raise ValueError(f"top_k must be an integer of at least 1, got {k}")
+            if not (is_number(k) and 1 <= k < math.inf and k == int(k)):
+                raise ValueError(f"top_k must be an integer of at least 1, got {k!r:.80}")
         settings["top_k"] = [min(int(k), codebook_size) for k in settings["top_k"]]
         for p in settings["top_p"]:
             check_number("top_p", p, "lie in (0, 1]")
-        settings["top_p"] = [float(p) for p in settings["top_p"]]
         for scale in settings["guidance_scale"]:
             check_number("guidance_scale", scale, "be finite")
+        for name in ("temperature", "top_p", "guidance_scale"):
+            settings[name] = [float(number) for number in settings[name]]
         return cls(**settings)
 
     @property

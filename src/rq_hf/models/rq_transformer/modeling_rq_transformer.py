@@ -28,6 +28,7 @@ from ...argument_checks import (
     check_temperature,
 )
 from ..codes import embed_codes
+from ..pretrained import check_loading_info, reading
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -200,6 +201,20 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         self.depth_stack = RQStack._from_config(config.depth_config)
         self.classifier = RQClassifier(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers, except that missing and unknown weights are a `ValueError`, unless
+        `ignore_mismatched_sizes=True`."""
+        if pretrained_model_name_or_path is None:  # the weights are in `state_dict`
+            return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
+        with reading("an RQ-Transformer", pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
 
     @property
     def num_positions(self) -> int:

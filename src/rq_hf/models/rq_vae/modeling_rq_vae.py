@@ -34,6 +34,7 @@ from ...argument_checks import (
 )
 from ..codes import check_codes
 from ..presets import load_preset
+from ..pretrained import check_loading_info, reading
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
 
@@ -103,6 +104,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     _supports_group_offloading = False
     _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
     _keep_in_fp32_modules = ["quantizer"]
+    _keys_to_ignore_on_load_unexpected = [r"quantizer\.cluster_"]  # of a codebook that is now trained by gradient
     _skip_layerwise_casting_patterns = ["quantizer"]
 
     @register_to_config
@@ -206,6 +208,16 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         Raises `ValueError` for another name.
         """
         return cls(**load_preset(name, "vae"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, output_loading_info=False, **kwargs):
+        """As in diffusers, except that missing and unknown weights are a `ValueError`, unless
+        `ignore_mismatched_sizes=True`."""
+        with reading("an RQ-VAE", pretrained_model_name_or_path):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
