@@ -28,15 +28,17 @@ from torch.utils._pytree import tree_flatten
 NAMES = {"np": np, "torch": torch, "nan": math.nan, "inf": math.inf, "Decimal": Decimal, "Fraction": Fraction}
 
 # Values of all types, for arguments of any kind.
-ODDITIES = """None; True; False; 0; 1; -1; 2; 3; 10**15; 2**63; -2**63; 0.5; 1.5; 2.0; -0.5; 1e-320; 1e308; nan; inf;
--inf; '1'; '0.5'; 'abc'; ''; 'nan'; 'True'; b'1'; []; (); {}; [1]; [0.5]; [None]; ['1']; [nan]; [True]; [[1.0]]; (1,);
-1j; np.int64(2); np.int32(1); np.uint8(1); np.float32(0.5); np.float16(0.5); np.float64(nan); np.bool_(True);
+ODDITIES = """
+None; True; False; 0; 1; -1; 2; 3; 10**15; 2**63; -2**63; 0.5; 1.5; 2.0; -0.5; 1e-320; 1e308; nan; inf; -inf; '1';
+'0.5'; 'abc'; ''; 'nan'; 'True'; b'1'; []; (); {}; [1]; [0.5]; [None]; ['1']; [nan]; [True]; [[1.0]]; (1,); 1j;
+np.int64(2); np.int32(1); np.uint8(1); np.float32(0.5); np.float16(0.5); np.float64(nan); np.bool_(True);
 np.array(2); np.array(0.5); np.array(nan); np.array([1, 2]); np.ones(4); np.ones(4, int); np.ones((1, 4));
-np.array([]); np.array('1'); np.array([None]); torch.tensor(2); torch.tensor(0.5); torch.tensor(nan); torch.tensor(True);
-torch.ones(4); torch.ones(4, dtype=torch.long); torch.ones(3); torch.zeros(0); torch.ones(1); torch.ones(1, 4);
-[1, 2, 3, 4]; (1, 2, 3, 4); [0.5] * 4; (0.5, 0.6, 0.7, 0.8); [0.5, None, 0.5, 0.5]; [0.5, nan, 0.5, 0.5]; ['0.5'] * 4;
-[0.5] * 3; [-1] * 4; [[0.5]] * 4; range(1, 5); {'a': 1}; {1, 2}; object(); len; int; Fraction(1, 2); Decimal(1);
-torch.float32; torch.Generator(); iter([1])"""
+np.array([]); np.array('1'); np.array([None]); torch.tensor(2); torch.tensor(0.5); torch.tensor(nan);
+torch.tensor(True); torch.ones(4); torch.ones(4, dtype=torch.long); torch.ones(3); torch.zeros(0); torch.ones(1);
+torch.ones(1, 4); [1, 2, 3, 4]; (1, 2, 3, 4); [0.5] * 4; (0.5, 0.6, 0.7, 0.8); [0.5, None, 0.5, 0.5];
+[0.5, nan, 0.5, 0.5]; ['0.5'] * 4; [0.5] * 3; [-1] * 4; [[0.5]] * 4; range(1, 5); {'a': 1}; {1, 2}; object(); len;
+int; Fraction(1, 2); Decimal(1); torch.float32; torch.Generator(); iter([1])
+"""
 
 # Variants of a valid tensor `x`.
 VARIANTS = """x.float(); x.double(); x.half(); x.bfloat16(); x.int(); x.byte(); x.bool(); x.to(torch.complex64);
@@ -304,18 +306,18 @@ def quiet(seconds: int = 20):
     """No output, no warnings, and an end; yields what would have been printed."""
 
     def stop(*_):
-        raise TooLong(f"no result within {seconds} seconds")
+        raise TooLong(f"no result within {seconds} seconds of computing")
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         output = io.StringIO()
         with warnings.catch_warnings(), redirect_stdout(output), redirect_stderr(output):
             warnings.simplefilter("ignore")
             yield output
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def evaluate(target: Target, changed: Mapping[str, str], convert: bool = False):
@@ -392,7 +394,3 @@ def same_leaf(a, b) -> bool:
     if isinstance(a, float):
         return a == b or (a != a and b != b) or math.isclose(a, b, rel_tol=1e-4)
     return a == b
-
-
-def tally(found: Sequence[tuple[str, Any, str]]) -> dict[str, int]:
-    return {name: sum(verdict == name for verdict, *_ in found) for name in ("refused", "right", "obscure", "wrong")}

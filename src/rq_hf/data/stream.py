@@ -47,7 +47,7 @@ class TrainingStream:
         max_skipped: int = 10_000,
     ):
         check_size("batch_size", batch_size)
-        check_integer("seed", seed, 0, LARGEST_SIZE)
+        check_integer("seed", seed, 0, 2**32 - 1)
         check_size("world_size", world_size)
         check_integer("rank", rank, 0, world_size - 1)
         check_size("shuffle_buffer_size", shuffle_buffer_size)

@@ -21,10 +21,14 @@ def check_loading_info(source: str, loading_info: dict) -> None:
 def reading(name: str, source: str) -> Iterator[None]:
     """
     Raises `FileNotFoundError` for a `source` that is neither a folder nor possible on the Hub, `ValueError` for files
-    of weights inside that are not safetensors.
+    of weights inside that are not safetensors, or whose weights have other shapes than `config.json` says.
     """
     check_source(name, source)
     try:
         yield
     except SafetensorError as error:
         raise ValueError(f"the weights in {source} are truncated or invalid: {error}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"the weights in {source} do not fit its config.json: {error}") from error

@@ -362,7 +362,7 @@ class RQPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(sample, output_type=output_type)
 
     def _decode(self, codes: torch.Tensor, depth: int | None = None, num_positions: int | None = None) -> torch.Tensor:
-        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`, float32; `ValueError` where they are NaN or infinite."""
+        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`; `ValueError` where they are NaN or infinite."""
         sample = self.vae.decode_codes(codes, depth, num_positions).sample.float()
         if not sample.isfinite().all():
             raise ValueError("the vae gave pixels that are NaN or infinite; in float16, try bfloat16 or float32")

@@ -120,6 +120,7 @@ class RunArguments:
         check_numbers(self, "be at least 1", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         check_numbers(self, "be at least 1", "logging_steps", "checkpointing_steps", "checkpoints_total_limit")
         check_numbers(self, "be at least 0", "lr_warmup_steps", "weight_decay", "max_grad_norm", "image_logging_steps")
+        check_numbers(self, "be at least 0", "seed")
         check_numbers(self, "be greater than 0", "learning_rate", "peak_teraflops")
         check_numbers(self, "lie in [0, 1)", "adam_beta1", "adam_beta2", "ema_decay")
 
