@@ -384,7 +384,7 @@ def test_reconstruction_is_encoding_and_decoding(pipe, depth, output_type):
 
 @pytest.mark.parametrize("output_type", ["PIL", "latent", None, 3])
 def test_other_output_types_are_errors(pipe, output_type):
-    message = re.escape(f"output_type must be one of ('pil', 'np', 'pt'), got {output_type!r}")
+    message = re.escape(f"output_type must be one of ['pil', 'np', 'pt'], got {output_type!r}")
     with pytest.raises(ValueError, match=message):
         pipe.decode_codes(tiny_codes(), output_type=output_type)
     with pytest.raises(ValueError, match=message):
