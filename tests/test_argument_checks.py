@@ -284,7 +284,7 @@ def test_weights_that_are_not_those_of_the_configuration(tmp_path, create, file)
     for changed, message in (
         ({n: w for n, w in weights.items() if n != name}, f"lacks weights, .*{name}"),
         (weights | {"other": torch.zeros(2)}, "has unknown weights, .*other"),
-        (weights | {name: torch.zeros(3, 5, 7)}, name),
+        (weights | {name: torch.zeros(3, 5, 7)}, f"{name}|do not fit its config.json"),
     ):
         save_file(changed, tmp_path / file, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):

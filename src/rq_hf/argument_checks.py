@@ -110,13 +110,6 @@ def check_items(name: str, values: Sequence, count: int | None = None) -> None:
         raise ValueError(f"{name} must have {count} items, got {values!r:.80}")
 
 
-def as_list(value) -> list | None:
-    """The items of a list or tuple, or of an array or tensor with dimensions; `None` for anything else."""
-    if isinstance(value, np.ndarray | torch.Tensor):
-        value = value.tolist()
-    return list(value) if isinstance(value, list | tuple) else None
-
-
 def check_callable(name: str, value) -> None:
     """Raises `TypeError` unless `value` is a function or the like, or `None`."""
     if value is not None and not callable(value):
@@ -124,10 +117,11 @@ def check_callable(name: str, value) -> None:
 
 
 def as_plain(value):
-    """Numbers and arrays of NumPy, also within lists and tuples, as those of Python, which JSON can hold."""
+    """Numbers, arrays and tensors, also within lists and tuples, as numbers and lists of Python, which JSON can
+    hold; anything else as it is."""
     if isinstance(value, list | tuple):
         return type(value)(as_plain(item) for item in value)
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
 
 
 def check_floating(name: str, value: torch.Tensor, *shape: int | str) -> None:

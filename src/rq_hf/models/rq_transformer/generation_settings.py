@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ...argument_checks import (
-    as_list,
+    as_plain,
     check_bool,
     check_choice,
     check_dense,
@@ -63,8 +63,8 @@ class GenerationSettings:
             settings[name] = default if value is None else value
         check_bool("do_sample", settings["do_sample"])
         for name in ("temperature", "top_k", "top_p", "guidance_scale"):
-            values = as_list(settings[name])
-            values = [settings[name]] * depth if values is None else values
+            value = as_plain(settings[name])
+            values = list(value) if isinstance(value, list | tuple) else [value] * depth
             if len(values) != depth:
                 raise ValueError(f"{name} must be a number or one per depth ({depth}), got {len(values)} values")
             settings[name] = values

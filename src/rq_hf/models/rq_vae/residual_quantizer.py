@@ -17,7 +17,7 @@ from torch import nn
 
 from ...argument_checks import (
     LARGEST_SIZE,
-    as_list,
+    as_plain,
     check_bool,
     check_choice,
     check_finite,
@@ -116,9 +116,8 @@ class ResidualQuantizer(nn.Module):
         check_bool("restart_unused_codes", restart_unused_codes)
         check_choice("codebook_update", codebook_update, ("ema", "gradient"))
         num_codebooks = 1 if shared_codebook else depth
-        decays = as_list(ema_decay)
-        ema_decay = ema_decay if decays is None else decays
-        decays = [ema_decay] * num_codebooks if decays is None else decays
+        ema_decay = as_plain(ema_decay)
+        decays = ema_decay if isinstance(ema_decay, list | tuple) else [ema_decay] * num_codebooks
         if len(decays) != num_codebooks:
             raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
         for decay in decays:
