@@ -236,7 +236,7 @@ JSON_VALUES = [
 
 def probe_vae(vae):
     torch.manual_seed(0)
-    return vae.get_codes(tiny.tiny_pixels()), vae.decode_codes(tiny.tiny_codes()).sample
+    return vae.get_codes(tiny.tiny_pixels()), vae.decode_codes(tiny.tiny_codes(shape=(2, 3, vae.config.depth))).sample
 
 
 def probe_transformer(model):

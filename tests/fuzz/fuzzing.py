@@ -6,6 +6,7 @@ expressions are those of `NAMES`; `x` is the valid value of a tensor.
 """
 
 import io
+import logging
 import math
 import random
 import re
@@ -314,18 +315,21 @@ def quiet(seconds: int = 20):
         output = io.StringIO()
         with warnings.catch_warnings(), redirect_stdout(output), redirect_stderr(output):
             warnings.simplefilter("ignore")
+            logging.disable(logging.ERROR)
             yield output
     finally:
+        logging.disable(logging.NOTSET)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
 
 
 def evaluate(target: Target, changed: Mapping[str, str], convert: bool = False):
     """The result of the call; with `convert`, of that with the plain values instead."""
+    names = dict(NAMES)
+    torch.manual_seed(0)
+    call, arguments = eval(target.call, names), {}
     torch.manual_seed(0)
     np.random.seed(0)
-    names = dict(NAMES)
-    call, arguments = eval(target.call, names), {}
     for name, text in {**target.valid, **changed}.items():
         if name in changed and uses_valid(target, name, text):
             names["x"] = eval(target.valid[name], names)

@@ -24,10 +24,10 @@ from ..argument_checks import (
     check_integer,
     check_items,
     check_size,
-    check_source,
 )
 from ..images import to_rgb
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+from ..models.pretrained import reading
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth
 from .conditions import (
@@ -96,9 +96,9 @@ class RQPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "RQPipeline":
         """As in diffusers, except that a name that is neither a folder nor possible on the Hub is a
-        `FileNotFoundError`."""
-        check_source("a pipeline", pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        `FileNotFoundError`, and files that are not JSON a `ValueError`."""
+        with reading("a pipeline", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def is_text_conditional(self) -> bool:

@@ -1,6 +1,5 @@
 """The arguments of `generate`: defaults filled in, checked, and brought to one value per depth."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ...argument_checks import (
     check_temperature,
     is_number,
 )
+from ..pretrained import check_json
 from .code_sampling import CodeSampler
 
 PerDepth = float | Sequence[float] | np.ndarray | torch.Tensor
@@ -126,12 +126,7 @@ def check_generation_config_file(model: str, **hub_arguments) -> None:
     )
     if file is None:
         return
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must be a JSON object, got {content!r}")
+    check_json(Path(file))
 
 
 def resolve_batch_size(
