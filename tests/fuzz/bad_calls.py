@@ -446,6 +446,7 @@ TRANSFORMER = [
             "residuals": optional(floats(2, H, W, D, C, finite=False)),
             TARGET_TEMPERATURE: positive,
         },
+        {"codes": "residuals"},
         is_right=lambda result: True,
     ),
     Target(
@@ -467,6 +468,7 @@ TRANSFORMER = [
             "on_position": on_position,
             **sampling,
         },
+        {"generation_config": "temperature|do_sample"},
         is_right=is_codes,
     ),
     Target(
@@ -732,6 +734,7 @@ METRICS = [
         "metrics.psnr",
         {"pixels": "tiny_pixels()", "reconstructions": "tiny_pixels()"},
         {"pixels": of_two(3, HEIGHT, WIDTH), "reconstructions": of_two(3, HEIGHT, WIDTH)},
+        also={"pixels": "reconstructions"},
         **anywhere,
     ),
     Target(
@@ -762,7 +765,9 @@ METRICS = [
             ),
         },
     ),
-    Target("lpips()", pictures, {name: of_two(3, 16, 16) for name in pictures}, **anywhere),
+    Target(
+        "lpips()", pictures, {name: of_two(3, 16, 16) for name in pictures}, {"pixels": "other_pixels"}, **anywhere
+    ),
     Target(
         "metrics.LPIPS.from_pretrained",
         {"vgg": "'/nope.pth'", "heads": "'/nope.pth'"},

@@ -269,12 +269,14 @@ def save_folder(folder: Path) -> None:
 @contextmanager
 def changed(path: Path, content: bytes | None):
     """With another content of a file, or without the file."""
-    before = path.read_bytes()
+    kept = path.with_name("kept")
+    path.rename(kept)  # not overwritten, because models that were loaded may still map it
     try:
-        path.unlink() if content is None else path.write_bytes(content)
+        if content is not None:
+            path.write_bytes(content)
         yield
     finally:
-        path.write_bytes(before)
+        kept.replace(path)
 
 
 @functools.cache
@@ -295,10 +297,7 @@ def load_changed(folder: Path, part: str, file: str, content: bytes | None):
 def saved_config(rng: random.Random, folder: Path) -> FileCase:
     """One entry of a JSON file is removed or replaced."""
     file = rng.choice(
-        ["vae/config.json"] * 3
-        + ["transformer/config.json"] * 4
-        + ["transformer/generation_config.json"] * 2
-        + ["model_index.json"]
+        ["vae/config.json"] * 3 + ["transformer/config.json"] * 4 + ["transformer/generation_config.json"] * 2
     )
     part = os.path.dirname(file)
     config = json.loads((folder / file).read_text())

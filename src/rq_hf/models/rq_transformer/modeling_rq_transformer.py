@@ -227,6 +227,8 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`; `ValueError` for another shape
         and for values that are NaN or infinite."""
         check_floating("codebook", codebook, *self.codebook.shape)
+        if codebook.is_meta and not self.codebook.is_meta:
+            raise ValueError("codebook must have values, got a tensor on the meta device")
         check_finite("codebook", codebook)
         self.codebook.copy_(codebook)
 
