@@ -37,7 +37,8 @@ np.array(2); np.array(0.5); np.array(nan); np.array([1, 2]); np.ones(4); np.ones
 np.array([]); np.array('1'); np.array([None]); torch.tensor(2); torch.tensor(0.5); torch.tensor(nan);
 torch.tensor(True); torch.ones(4); torch.ones(4, dtype=torch.long); torch.ones(3); torch.zeros(0); torch.ones(1);
 torch.ones(1, 4); [1, 2, 3, 4]; (1, 2, 3, 4); [0.5] * 4; (0.5, 0.6, 0.7, 0.8); [0.5, None, 0.5, 0.5];
-[0.5, nan, 0.5, 0.5]; ['0.5'] * 4; [0.5] * 3; [-1] * 4; [[0.5]] * 4; range(1, 5); {'a': 1}; {1, 2}; object(); Fraction(1, 2); Decimal(1); torch.float32; torch.Generator(); iter([1])
+[0.5, nan, 0.5, 0.5]; ['0.5'] * 4; [0.5] * 3; [-1] * 4; [[0.5]] * 4; range(1, 5); {'a': 1}; {1, 2}; object();
+Fraction(1, 2); Decimal(1); torch.float32; torch.Generator(); iter([1])
 """
 
 # Variants of a valid tensor `x`.
