@@ -83,7 +83,7 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
-    collate = args.create_collator(vae, data, label_column=classes.label_column, num_classes=num_classes)
+    collate = args.create_collator(vae, data, label_column=classes.label_column, num_classes=num_classes or None)
     optimizer = run.create_optimizer(model)
     state_dict = train_pipeline(
         accelerator,
