@@ -99,7 +99,11 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
 
-    conditions = {"label_column": classes.label_column, "num_classes": num_classes, "class_names": class_names}
+    conditions = {
+        "label_column": classes.label_column,
+        "num_classes": num_classes or None,
+        "class_names": class_names,
+    }
     collate = args.create_collator(vae, data, **conditions)
     held_out = args.load_validation(validation, vae, data, run.train_batch_size, **conditions)
     optimizer = run.create_optimizer(model)

@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
+from .argument_checks import check_bool, check_finite, check_floating, check_instance, check_size
+
 WIDEST = 8  # of an image whose centre is kept, in lengths of the shorter side
 
 
@@ -58,6 +60,11 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
 
     Raises `ValueError` for an image without pixels.
     """
+    check_instance("image", image, Image.Image)
+    check_size("resolution", resolution)
+    check_bool("center_crop", center_crop)
+    if image.mode not in ("RGB", "L"):
+        raise ValueError(f"image must have the mode RGB or L, got {image.mode}")
     if not all(image.size):
         raise ValueError(f"an image must have pixels, got the size {image.size}")
     width = height = resolution
@@ -82,6 +89,9 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
 
     Unlike `diffusers.utils.make_image_grid`, it takes tensors and leaves the rest of an incomplete row white.
     """
+    check_floating("images", images, "B", 3, "height", "width")
+    check_finite("images", images)
+    check_size("columns", columns)
     batch_size, channels, height, width = images.shape
     rows = math.ceil(batch_size / columns)
     canvas = torch.ones(rows * columns, channels, height, width)

@@ -229,7 +229,7 @@ class TestGuidance:
         "arguments, message",
         [
             ({"guidance_schedule": "linear"}, "guidance_schedule needs a guidance_scale other than 1"),
-            ({"negative_cond_ids": torch.tensor([1])}, "negative_cond_ids needs a guidance_scale other than 1"),
+            ({"negative_cond_ids": torch.tensor([1])}, "negative_cond_ids .*needs a guidance_scale other than 1"),
             ({"guidance_scale": 2.0, "guidance_schedule": "steep"}, "guidance_schedule must be one of .* got 'steep'"),
             ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([1, 2])}, r"shape \(1, 1\)"),
             ({"guidance_scale": 2.0, "negative_cond_ids": torch.tensor([99])}, "cond_ids must lie in"),
@@ -310,7 +310,7 @@ def test_replaced_codes_are_checked():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_replaced_codes_of_another_batch_size_are_an_error(batch_size):
-    with pytest.raises(ValueError, match=f"batch size.*{batch_size}"):
+    with pytest.raises(ValueError, match=rf"what on_position .* must have the shape \(2, .*got \({batch_size}, "):
         tiny_transformer().generate(num_images=2, on_position=lambda position, codes: tiny_codes(batch_size))
 
 
@@ -408,7 +408,7 @@ def test_unknown_argument_is_an_error():
         ({"top_k": -1}, ValueError, "top_k must be an integer of at least 1"),
         ({"top_k": 2.5}, ValueError, "top_k must be an integer of at least 1"),
         ({"top_k": True}, ValueError, "top_k must be an integer of at least 1, got .*True"),
-        ({"top_k": [1, 1, 1, True]}, ValueError, r"top_k must be an integer of at least 1, got \[1, 1, 1, True\]"),
+        ({"top_k": [1, 1, 1, True]}, ValueError, "top_k must be an integer of at least 1, got True"),
         ({"do_sample": "False"}, TypeError, "do_sample must be True or False, got 'False'"),
         ({"do_sample": 0}, TypeError, "do_sample must be True or False, got 0"),
         (
@@ -441,7 +441,7 @@ def test_unknown_argument_is_an_error():
         ({"prefix_codes": tiny_codes(1) + K, "start": 1}, ValueError, rf"codes must lie in \[0, {K}\)"),
         ({"prefix_codes": tiny_codes(1, (W, H, D)), "start": 1}, ValueError, "codes must have the shape"),
         ({"prefix_codes": tiny_codes(2), "start": 1, "num_images": 3}, ValueError, "disagree on the batch size"),
-        ({"num_images": 0}, ValueError, "the batch size must be at least 1"),
+        ({"num_images": 0}, ValueError, "num_images must be at least 1"),
         ({"generator": 0}, TypeError, "a torch.Generator, or a list of them or of seeds, got 0"),
         ({"generator": [0, 1]}, ValueError, r"expected one generator per image \(1\), got 2"),
         ({"generator": [2**32]}, ValueError, r"seeds must lie in \[0, 2\*\*32\), got \[4294967296\]"),

@@ -293,7 +293,7 @@ def test_codebook_is_a_frozen_copy():
 
 @pytest.mark.parametrize("shape", [(K, C), (D, K, C), (1, K + 1, C), (1, K, C + 1)])
 def test_codebook_of_another_shape_is_an_error(shape):
-    with pytest.raises(ValueError, match=rf"\(M, K, C\) = \(1, {K}, {C}\), got \({shape[0]}, "):
+    with pytest.raises(ValueError, match=rf"codebook must have the shape \(1, {K}, {C}\), got \({shape[0]}, "):
         tiny_transformer().set_codebook(torch.zeros(shape))
 
 
@@ -301,13 +301,13 @@ def test_codebook_of_another_shape_is_an_error(shape):
 @pytest.mark.parametrize(
     "overrides", [VARIANTS[name] for name in ("shared", "classifier per depth", "codebook per depth", "depth 1")]
 )
-def test_tensors_missing_from_a_checkpoint_are_initialised(tmp_path, kind, overrides):
+def test_tensors_missing_from_a_checkpoint_are_initialised_on_request(tmp_path, kind, overrides):
     model = tiny_transformer(kind, **overrides)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     kept = "code_projection.weight"
     save_file({kept: load_file(file)[kept]}, file, metadata={"format": "pt"})
-    loaded = RQTransformerModel.from_pretrained(tmp_path).state_dict()
+    loaded = RQTransformerModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True).state_dict()
     for name, fresh in tiny_transformer(kind, **overrides).state_dict().items():
         if name == kept:
             assert torch.equal(loaded[name], model.code_projection.weight)
@@ -380,15 +380,15 @@ def test_default_stacks_have_one_width_and_a_wider_mlp():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"code_shape": (H, W)}, r"code_shape must be \(H, W, D\), each at least 1, got \(2, 3\)"),
-        ({"code_shape": (H, 0, D)}, r"code_shape must be \(H, W, D\), each at least 1, got \(2, 0, 4\)"),
+        ({"code_shape": (H, W)}, r"code_shape must have 3 items, got \(2, 3\)"),
+        ({"code_shape": (H, 0, D)}, "code_shape must be at least 1, got 0"),
         ({"spatial_config": STACK | {"hidden_size": 2 * E}}, "the same hidden_size, got 32 and 16"),
         (
             {"spatial_config": STACK | {"num_hidden_layers": 0}},
             "spatial_config.num_hidden_layers must be at least 1, got 0",
         ),
-        ({"cond_vocab_size": 0}, "at least 1, got 0 and 1"),
-        ({"cond_length": 0}, "at least 1, got 1 and 0"),
+        ({"cond_vocab_size": 0}, "cond_vocab_size must be at least 1, got 0"),
+        ({"cond_length": 0}, "cond_length must be at least 1, got 0"),
         ({"null_cond_id": 1}, r"null_cond_id must lie in \[0, 1\), got 1"),
         ({"null_cond_id": -1}, r"null_cond_id must lie in \[0, 1\), got -1"),
     ],
@@ -429,9 +429,9 @@ def test_config_value_of_the_wrong_type_is_an_error(field, value):
     [
         (torch.full((2, H, W, D), K), ValueError, rf"\[0, {K}\), got values from {K} to {K}"),
         (torch.full((2, H, W, D), -1), ValueError, rf"\[0, {K}\), got values from -1 to -1"),
-        (torch.zeros(2, W, H, D, dtype=torch.long), ValueError, rf"\(B, \*\(2, 3, 4\)\), got \(2, {W}, {H}, {D}\)"),
-        (torch.zeros(2, H, W, D + 1, dtype=torch.long), ValueError, rf"\(B, H, W, {D}\), got"),
-        (torch.zeros(2, T, D, dtype=torch.long), ValueError, rf"\(B, H, W, {D}\), got \(2, {T}, {D}\)"),
+        (torch.zeros(2, W, H, D, dtype=torch.long), ValueError, rf"\(B, 2, 3, {D}\), got \(2, {W}, {H}, {D}\)"),
+        (torch.zeros(2, H, W, D + 1, dtype=torch.long), ValueError, rf"\(B, {H}, {W}, {D}\), got"),
+        (torch.zeros(2, T, D, dtype=torch.long), ValueError, rf"\(B, {H}, {W}, {D}\), got \(2, {T}, {D}\)"),
         (torch.zeros(2, H, W, D), TypeError, "int64, got torch.float32"),
     ],
     ids=["too large", "negative", "transposed", "depth", "flat", "float"],

@@ -362,7 +362,7 @@ def test_decoding_is_the_inverse_of_encoding_up_to_the_last_residual(shared):
 
 @pytest.mark.parametrize("method", ["__call__", "encode", "get_soft_codes"])
 def test_vectors_of_other_dimension_are_an_error(method):
-    with pytest.raises(ValueError, match=rf"vectors of {C} channels.*\(2, {C + 1}\)"):
+    with pytest.raises(ValueError, match=rf"vectors must have the shape \(\.\.\., {C}\), got \(2, {C + 1}\)"):
         getattr(make_quantizer(), method)(torch.randn(2, C + 1))
 
 
@@ -405,12 +405,12 @@ def test_soft_codes_need_a_temperature_above_zero(method, temperature):
         ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
         ({"codebook_dim": 0}, "codebook_dim must be at least 1, got 0"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"codebook_update": "adam"}, "'ema' or 'gradient', got 'adam'"),
+        ({"codebook_update": "adam"}, r"one of \['ema', 'gradient'\], got 'adam'"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), got -0.1"),
-        ({"epsilon": 0.0}, "epsilon must be greater than 0 and finite, got 0.0"),
-        ({"epsilon": -1.0}, "epsilon must be greater than 0 and finite, got -1.0"),
-        ({"epsilon": float("nan")}, "epsilon must be greater than 0 and finite, got nan"),
+        ({"epsilon": 0.0}, "epsilon must be greater than 0, got 0.0"),
+        ({"epsilon": -1.0}, "epsilon must be greater than 0, got -1.0"),
+        ({"epsilon": float("nan")}, "epsilon must be greater than 0, got nan"),
     ],
 )
 def test_bad_arguments_are_errors(options, message):

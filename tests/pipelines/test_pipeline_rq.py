@@ -358,7 +358,7 @@ def test_pixels_outside_the_unit_range_are_errors(pipe, method, value, found, as
 
 @pytest.mark.parametrize("image", ["cat.png", (0.5,), None])
 def test_what_is_no_image_is_an_error(pipe, image):
-    with pytest.raises(TypeError, match="images must be PIL images, arrays or tensors"):
+    with pytest.raises(TypeError, match="image must be a PIL image, array or tensor"):
         pipe.encode_image(image)
 
 
@@ -475,7 +475,7 @@ def test_reconstruction_is_encoding_and_decoding(pipe, depth, output_type):
 
 @pytest.mark.parametrize("output_type", ["PIL", "latent", None, 3])
 def test_other_output_types_are_errors(pipe, output_type):
-    message = re.escape(f"output_type must be one of ('pil', 'np', 'pt'), got {output_type!r}")
+    message = re.escape(f"output_type must be one of ['pil', 'np', 'pt'], got {output_type!r}")
     with pytest.raises(ValueError, match=message):
         pipe.decode_codes(tiny_codes(), output_type=output_type)
     with pytest.raises(ValueError, match=message):

@@ -180,7 +180,7 @@ class TestPreview:
         ({"max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
         ({"num_candidates": 2, "scorer": brightness, "generator": [1]}, r"one generator per image \(2\), got 1"),
         ({"keep_depth": 1}, "got no prefix_codes, start=0, keep_depth=1"),
-        ({"keep_depth": D, "prefix_codes": tiny_codes(1)}, rf"keep_depth must lie in \[0, {D}\), got {D}"),
+        ({"keep_depth": D, "prefix_codes": tiny_codes(1)}, rf"keep_depth must lie in \[0, {D - 1}\], got {D}"),
     ],
 )
 def test_contradictions_are_errors(arguments, message):

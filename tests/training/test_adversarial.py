@@ -97,9 +97,9 @@ class TestDiscriminatorTrainer:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: PatchDiscriminator(norm="group"), "norm must be 'batch' or 'act', got 'group'"),
+            (lambda: PatchDiscriminator(norm="group"), r"norm must be one of \['batch', 'act'\], got 'group'"),
             (lambda: PatchDiscriminator(num_layers=0), "at least 1, got 3, 64 and 0"),
-            (lambda: make_trainer(loss="wgan"), "loss must be 'hinge' or 'vanilla', got 'wgan'"),
+            (lambda: make_trainer(loss="wgan"), r"loss must be one of \['hinge', 'vanilla'\], got 'wgan'"),
         ],
     )
     def test_refuses(self, make, message):

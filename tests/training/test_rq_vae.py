@@ -51,7 +51,7 @@ class TestRQVAELoss:
             assert metrics[f"batch_perplexity_depth_{d + 1}"] == usage["perplexity"][d]
 
     def test_refuses_another_reconstruction_loss(self):
-        with pytest.raises(ValueError, match="reconstruction_loss must be 'mse' or 'l1', got 'l2'"):
+        with pytest.raises(ValueError, match=r"reconstruction_loss must be one of \['mse', 'l1'\], got 'l2'"):
             RQVAELoss(tiny_vae(), reconstruction_loss="l2")
 
 

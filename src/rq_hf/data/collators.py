@@ -7,7 +7,6 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import datasets
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import check_bool, check_instance, check_items, check_size, is_integer
 from ..images import color_mode, to_pixels, to_rgb
 from ..text import encode_captions
 from .latents import DTYPE, bytes_to_latents
@@ -29,9 +29,23 @@ def decode_image(value: Image.Image | dict | bytes) -> Image.Image:
     return to_rgb(value if isinstance(value, Image.Image) else datasets.Image().decode_example(value))
 
 
+def check_examples(examples: list[dict]) -> None:
+    """Raises `TypeError` unless this is a list of dictionaries."""
+    check_items("examples", examples)
+    for example in examples:
+        check_instance("examples", example, dict)
+
+
+def value_of(example: dict, column: str):
+    """Raises `ValueError` for a column that the example lacks."""
+    if column not in example:
+        raise ValueError(f"the data has no column {column!r}; there are {', '.join(example)}")
+    return example[column]
+
+
 def caption_of(example: dict, column: str) -> str:
     """Raises `ValueError` with the example's index for a caption that is not a string."""
-    caption = example[column]
+    caption = value_of(example, column)
     if not isinstance(caption, str):
         raise ValueError(f"the caption of example {example['example_index']} must be a string, got {caption!r}")
     return caption
@@ -46,15 +60,14 @@ def label_of(
     Raises `ValueError` with the example's index for a label that is neither an integer nor one of `class_names`, or
     that does not lie in [0, num_classes).
     """
-    label, index = example[column], example["example_index"]
+    label, index = value_of(example, column), example["example_index"]
     if class_names is not None and isinstance(label, str):
         if label not in class_names:
             raise ValueError(f"the label of example {index} must be one of {len(class_names)} names, got {label!r}")
         label = class_names.index(label)
-    try:
-        label = int(operator.index(label))
-    except TypeError as error:
-        raise ValueError(f"the label of example {index} must be an integer, got {label!r}") from error
+    if not is_integer(label):
+        raise ValueError(f"the label of example {index} must be an integer, got {label!r}")
+    label = int(label)
     if num_classes is not None and not 0 <= label < num_classes:
         raise ValueError(f"the label of example {index} must lie in [0, {num_classes}), got {label}")
     return label
@@ -95,6 +108,12 @@ class ImageCollator:
         class_names: Sequence[str] | None = None,
         in_channels: int = 3,
     ):
+        check_instance("image_column", image_column, str)
+        check_size("resolution", resolution)
+        check_bool("random_flip", random_flip)
+        check_bool("skip_corrupt_images", skip_corrupt_images)
+        check_bool("center_crop", center_crop)
+        check_conditions(text_column, tokenizer, label_column, num_classes)
         self.image_column = image_column
         self.resolution = resolution
         self.random_flip = random_flip
@@ -123,10 +142,12 @@ class ImageCollator:
     def decode(self, examples: list[dict]) -> tuple[torch.Tensor, list[dict]]:
         """Pixels `(B, in_channels, resolution, resolution)` of the examples whose image can be decoded, and these
         examples."""
+        check_examples(examples)
         pixels, decoded = [], []
         for example in examples:
+            value = value_of(example, self.image_column)
             try:
-                image = decode_image(example[self.image_column]).convert(self.mode)
+                image = decode_image(value).convert(self.mode)
                 pixels.append(to_pixels(image, self.resolution, self.center_crop))
             except Exception as error:
                 if self.skip_corrupt_images:
@@ -161,6 +182,10 @@ class LatentCollator:
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
     ):
+        check_items("shape", shape, 3)
+        for size in shape:
+            check_size("shape", size)
+        check_conditions(text_column, tokenizer, label_column, num_classes)
         self.shape = shape
         self.text_column = text_column
         self.tokenizer = tokenizer
@@ -169,12 +194,14 @@ class LatentCollator:
         self.class_names = class_names
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
+        check_examples(examples)
         size = math.prod(self.shape) * DTYPE.itemsize
-        for example in examples:
-            index, found = example["example_index"], len(example["latents"] or b"")
-            if found != size:
-                raise ValueError(f"the latents of example {index} must have {size} bytes, got {found}")
-        latents = bytes_to_latents([example["latents"] for example in examples], self.shape)
+        stored = [value_of(example, "latents") or b"" for example in examples]
+        for example, latents in zip(examples, stored):
+            if len(latents) != size:
+                index = example["example_index"]
+                raise ValueError(f"the latents of example {index} must have {size} bytes, got {len(latents)}")
+        latents = bytes_to_latents(stored, self.shape)
         conditions, counts = encode_conditions(
             examples, self.text_column, self.tokenizer, self.label_column, self.num_classes, self.class_names
         )
@@ -193,6 +220,23 @@ def first_batches(
         batch = collate(chunk)
         if batch.pop("counts")["images"]:
             yield batch
+
+
+def check_conditions(
+    text_column: str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    label_column: str | None,
+    num_classes: int | None,
+) -> None:
+    """Raises `TypeError`/`ValueError` for these arguments of the collators where they are of another type or size, and
+    for a text column without a tokenizer."""
+    for name, column in (("text_column", text_column), ("label_column", label_column)):
+        if column is not None:
+            check_instance(name, column, str)
+    if text_column is not None:
+        check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
+    if num_classes is not None:
+        check_size("num_classes", num_classes)
 
 
 def encode_conditions(

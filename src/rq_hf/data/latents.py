@@ -7,12 +7,14 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import torch
 
+from ..argument_checks import check_floating, check_instance, check_items, check_size
 from ..models import RQVAEModel
 from .loading import check_columns, find_files, load_files, number_examples
 
@@ -40,12 +42,22 @@ def describe_latents(vae: RQVAEModel) -> dict:
 
 def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
     """Latents `(B, H, W, C)` -> how each image's are stored."""
+    check_floating("latents", latents, "B", "H", "W", "C")
     latents = latents.to(DTYPE).cpu().contiguous()
     return [image.view(torch.uint8).numpy().tobytes() for image in latents]
 
 
 def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
     """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+    check_items("stored", stored)
+    check_items("shape", shape, 3)
+    for size in shape:
+        check_size("shape", size)
+    needed = math.prod(shape) * DTYPE.itemsize
+    for image in stored:
+        if not isinstance(image, bytes) or len(image) != needed:
+            found = f"{len(image)}" if isinstance(image, bytes) else f"{image!r:.80}"
+            raise ValueError(f"latents of the shape {tuple(shape)} must be {needed} bytes per image, got {found}")
     return torch.frombuffer(bytearray().join(stored), dtype=DTYPE).view(-1, *shape)
 
 
@@ -75,6 +87,7 @@ def load_latents(
         `ValueError`: a folder without latents or with a broken description, latents of another RQ-VAE, or a missing
         column.
     """
+    check_instance("folder", folder, str | Path)
     description = Path(folder, DESCRIPTION)
     if not description.exists():
         raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")

@@ -8,6 +8,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..argument_checks import check_instance
+
 BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -46,6 +48,7 @@ def load_image_dataset(
     if (dataset_name is None) == (data_files is None):
         raise ValueError(f"expected either dataset_name or data_files, got {dataset_name!r} and {data_files!r}")
     if data_files is not None:
+        check_instance("data_files", data_files, str)
         files = find_files(data_files)
         dataset = load_files(files, split, streaming)
         folders = {os.path.dirname(os.path.abspath(file)) for file in files}

@@ -11,6 +11,8 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
+from ..argument_checks import LARGEST_SIZE, check_integer, check_size
+
 # Of a scheduler or a user who stops a run.
 STOP_SIGNALS = [
     signal.Signals[name]
@@ -52,10 +54,17 @@ class TrainingStream:
         num_workers: int = 0,
         max_skipped: int = 10_000,
     ):
+        check_size("batch_size", batch_size)
+        check_integer("seed", seed, 0, 2**32 - 1)
+        check_size("world_size", world_size)
+        check_integer("rank", rank, 0, world_size - 1)
+        check_size("shuffle_buffer_size", shuffle_buffer_size)
+        check_integer("num_workers", num_workers, 0, LARGEST_SIZE)
+        check_size("max_skipped", max_skipped)
         self.dataset = dataset
         self.collate = collate
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed = int(seed)
         self.rank = rank
         self.world_size = world_size
         self.shuffle_buffer_size = shuffle_buffer_size

@@ -8,8 +8,11 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import nn
 
+from ..argument_checks import check_floating, check_instance
+
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling layer, and the last activation
+SMALLEST_SIDE = 2 ** VGG16.count("pool")
 WIDTHS = (64, 128, 256, 512, 512)
 
 
@@ -65,6 +68,12 @@ class LPIPS(nn.Module):
 
     def forward(self, pixels: torch.Tensor, other_pixels: torch.Tensor) -> torch.Tensor:
         """Distances `(B,)` between images `(B, 3, height, width)`, or grey `(B, 1, height, width)`, in [-1, 1]."""
+        check_floating("pixels", pixels, "B", "channels", "height", "width")
+        check_floating("other_pixels", other_pixels, *pixels.shape)
+        if pixels.shape[1] not in (1, 3):
+            raise ValueError(f"pixels must have 3 channels, or 1 for grey images, got {tuple(pixels.shape)}")
+        if min(pixels.shape[2:]) < SMALLEST_SIDE:
+            raise ValueError(f"pixels must be at least {SMALLEST_SIDE} high and wide, got {tuple(pixels.shape)}")
         with torch.autocast(pixels.device.type, enabled=False):
             pairs = zip(self.extract(pixels), self.extract(other_pixels), strict=True)
             return sum(
@@ -83,6 +92,7 @@ class LPIPS(nn.Module):
 
 def load_weights(source: str) -> dict[str, torch.Tensor]:
     """A state dict from a local file or from `user/repository/file` on the Hub."""
+    check_instance("the file of weights", source, str)
     path = Path(source)
     if not path.is_file():
         parts = source.split("/", 2)

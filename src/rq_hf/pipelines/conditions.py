@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import check_int64, check_range, check_size, is_integer
 from ..models import RQTransformerConfig
-from ..models.argument_checks import check_size, is_integer
-from ..models.codes import check_range
 from ..text import encode_captions
 
 ClassLabels = int | Sequence[int] | np.ndarray | torch.Tensor
@@ -105,10 +104,7 @@ def check_cond_ids(
     for name, ids in (("cond_ids", cond_ids), ("negative_cond_ids", negative_cond_ids)):
         if ids is None:
             continue
-        if not torch.is_tensor(ids) or ids.dtype != torch.long:
-            raise TypeError(f"{name} must be an int64 tensor, got {ids.dtype if torch.is_tensor(ids) else type(ids)}")
-        if ids.ndim != 2 or ids.shape[1] != config.cond_length or not 0 < len(ids) == len(cond_ids):
-            raise ValueError(f"{name} must have the shape (P, {config.cond_length}), got {tuple(ids.shape)}")
+        check_int64(name, ids, len(cond_ids), config.cond_length)
         check_range(name, ids, config.cond_vocab_size)
 
 

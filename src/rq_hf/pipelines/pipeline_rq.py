@@ -3,6 +3,7 @@
 Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, `L` length of the condition.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +17,20 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
+from ..argument_checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_dense,
+    check_floating,
+    check_instance,
+    check_items,
+    check_size,
+)
 from ..images import color_mode, to_pixels, to_rgb
 from ..model_cards import model_card, pipeline_usage
-from ..models import RQTransformerModel, RQVAEModel
-from ..models.argument_checks import check_bool, check_size
+from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
+from ..models.pretrained import reading
 from ..models.rq_transformer.code_sampling import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth, check_prefix
 from .conditions import (
@@ -79,10 +90,24 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
+        # Compiled models and models with adapters are wrapped.
+        if vae is not None and not hasattr(vae, "quantizer"):
+            raise TypeError(f"vae must be an RQVAEModel, got {vae!r:.80}")
+        if transformer is not None and not isinstance(getattr(transformer, "config", None), RQTransformerConfig):
+            raise TypeError(f"transformer must be an RQTransformerModel, got {transformer!r:.80}")
+        if tokenizer is not None:
+            check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if vae is not None and transformer is not None:
             check_same_codes(vae, transformer)
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "RQPipeline":
+        """As in diffusers, except that a name that is neither a folder nor possible on the Hub is a
+        `FileNotFoundError`, and files that are not JSON a `ValueError`."""
+        with reading("a pipeline", pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def is_text_conditional(self) -> bool:
@@ -126,10 +151,12 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         start,
         keep_depth,
         output_type,
+        callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
         self._require("transformer")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" or scorer is not None:
             self._require("vae")
         check_conditions(self.transformer.config, self.tokenizer, **conditions)
@@ -140,7 +167,8 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         check_prefix(prefix_codes, start, keep_depth, self.transformer.config.code_shape)
         if prefix_codes is not None:
             self.transformer.check_codes(prefix_codes)
-        check_output_type(output_type, OUTPUT_TYPES)
+        check_callable("callback_on_step_end", callback_on_step_end)
+        check_items("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -246,6 +274,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             start=start,
             keep_depth=keep_depth,
             output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
@@ -256,9 +285,11 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         conditions = conditions.repeat(per_condition)
         num_samples = conditions.count
         check_generator(generator, num_samples)
-        if prefix_codes is not None and len(prefix_codes) != num_samples:
+        if prefix_codes is not None:
+            check_dense("prefix_codes", prefix_codes)
+        if prefix_codes is not None and prefix_codes.shape[:1] != (num_samples,):
             raise ValueError(
-                f"prefix_codes must be one map per sampled image ({num_samples}), got {len(prefix_codes)}"
+                f"prefix_codes must be one map per sampled image ({num_samples}), got {tuple(prefix_codes.shape)}"
             )
 
         # 3. Sample codes batch by batch, and score their images
@@ -287,13 +318,14 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
                             return None
                         tensors = {"codes": new_codes} if "codes" in callback_on_step_end_tensor_inputs else {}
                         outputs = callback_on_step_end(self, first_step + position, position, tensors)
-                        outputs = {} if outputs is None else outputs
                         if self.guidance_scale is not scale:
                             raise ValueError("guidance cannot change while sampling; see guidance_schedule")
+                        returned = returned_codes(outputs)
                         if self.interrupt:
-                            codes[rows], num_sampled[rows] = outputs.get("codes", new_codes), position + 1
+                            codes[rows] = new_codes if returned is None else returned
+                            num_sampled[rows] = position + 1
                             raise Interrupted
-                        return outputs.get("codes")
+                        return returned
 
                     with suppress(Interrupted):
                         codes[rows] = self.transformer.generate(
@@ -330,7 +362,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             else:
                 batch_size = 1 if self.interrupt else max_batch_size  # images of one number of positions
                 samples = [
-                    self.vae.decode_codes(batch, num_positions=int(count[0])).sample.float()
+                    self._decode(batch, num_positions=int(count[0]))
                     for batch, count in zip(codes.split(batch_size), num_sampled.split(batch_size))
                 ]
                 images = self.image_processor.postprocess(torch.cat(samples), output_type=output_type)
@@ -388,13 +420,11 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         """
         self._require("vae")
         check_bool("resize", resize)
-        images = image if isinstance(image, list) else [image]
-        if not images:
-            raise ValueError("image must be an image or a list of images, got an empty list")
         channels = self.vae.config.in_channels
+        images = list(image) if isinstance(image, list | tuple) else [image]
+        if len({PIL.Image.Image if isinstance(i, PIL.Image.Image) else type(i) for i in images}) != 1:
+            raise TypeError("image must be images of one kind, got none, or PIL images, arrays and tensors mixed")
         converted = [to_rgb(i).convert(color_mode(channels)) for i in images if isinstance(i, PIL.Image.Image)]
-        if len(converted) not in (0, len(images)):
-            raise TypeError(f"images of one batch must be of one kind, got {[type(i).__name__ for i in images]}")
         if resize and not converted:
             raise TypeError(f"resize=True takes PIL images, got {type(images[0])}")
         if resize:
@@ -403,9 +433,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             check_sizes({i.size for i in converted}, self.vae.pixels_per_code)
             pixels = self.image_processor.preprocess(converted)
         else:
-            for i in images:
-                check_unit_range(i)
-            pixels = self.image_processor.preprocess(image)
+            pixels = self.image_processor.preprocess(torch.cat([to_unit_pixels(i, channels) for i in images]))
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
     @torch.no_grad()
@@ -419,16 +447,23 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         """Codes `(B, H, W, D)` -> images (`"pil"`, `"np"` or `"pt"`); with `depth=d` from the first d codes of every
         position, and with `num_positions=n` of the first n positions only (see [`RQVAEModel.decode_codes`])."""
         self._require("vae")
-        check_output_type(output_type, IMAGE_TYPES)
-        sample = self.vae.decode_codes(codes, depth, num_positions).sample
-        return self.image_processor.postprocess(sample.float(), output_type=output_type)
+        check_choice("output_type", output_type, IMAGE_TYPES)
+        sample = self._decode(codes, depth, num_positions)
+        return self.image_processor.postprocess(sample, output_type=output_type)
+
+    def _decode(self, codes: torch.Tensor, depth: int | None = None, num_positions: int | None = None) -> torch.Tensor:
+        """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`; `ValueError` where they are NaN or infinite."""
+        sample = self.vae.decode_codes(codes, depth, num_positions).sample.float()
+        if not sample.isfinite().all():
+            raise ValueError("the vae gave pixels that are NaN or infinite; in float16, try bfloat16 or float32")
+        return sample
 
     def reconstruct(
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil", resize: bool = False
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
         """Images, encoded (see [`encode_image`] for `resize`) and decoded; with `depth=d` from the first d codes of
         every position."""
-        check_output_type(output_type, IMAGE_TYPES)
+        check_choice("output_type", output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image, resize), depth=depth, output_type=output_type)
 
 
@@ -444,9 +479,28 @@ def pipeline_card(transformer: RQTransformerModel, call: str, model: str = "..."
     )
 
 
-def check_output_type(output_type: str, accepted: Sequence[str]) -> None:
-    if output_type not in accepted:
-        raise ValueError(f"output_type must be one of {accepted}, got {output_type!r}")
+def to_unit_pixels(image: np.ndarray | torch.Tensor, channels: int) -> torch.Tensor:
+    """
+    Arrays `(height, width, 3)` or tensors `(3, height, width)` in [0, 1], with or without a batch dimension ->
+    `(B, 3, height, width)`.
+
+    Raises `TypeError` unless they are floating point, and `ValueError` for another shape or range.
+    """
+    if not isinstance(image, np.ndarray | torch.Tensor):
+        raise TypeError(f"image must be a PIL image, array or tensor, or a list of them, got {image!r:.80}")
+    pixels = image
+    if isinstance(image, np.ndarray):
+        if image.dtype.kind != "f":
+            raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
+        if image.ndim < 3 or image.shape[-1] != channels:
+            raise ValueError(f"image must have the shape (B, height, width, {channels}), got {image.shape}")
+        pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, -3)
+    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    check_floating("image", pixels, "B", channels, "height", "width")
+    lowest, highest = (float(value) for value in pixels.aminmax())
+    if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
+        raise ValueError(f"image must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
+    return pixels
 
 
 def check_sizes(sizes: set[tuple[int, int]], pixels_per_code: tuple[int, int]) -> None:
@@ -464,16 +518,11 @@ def check_sizes(sizes: set[tuple[int, int]], pixels_per_code: tuple[int, int]) -
         )
 
 
-def check_unit_range(pixels: np.ndarray | torch.Tensor) -> None:
-    """Raises `TypeError` unless pixels are floating point, and `ValueError` unless they lie in [0, 1]."""
-    if not isinstance(pixels, np.ndarray | torch.Tensor):
-        raise TypeError(f"images must be PIL images, arrays or tensors, or a list of them, got {type(pixels)}")
-    pixels = torch.as_tensor(pixels)
-    if not pixels.is_floating_point():
-        raise TypeError(f"arrays and tensors must be floating point in [0, 1], got {pixels.dtype}")
-    lowest, highest = (float(value) for value in pixels.aminmax())
-    if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
-        raise ValueError(f"arrays and tensors must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
+def returned_codes(outputs: dict | None) -> torch.Tensor | None:
+    """The codes in what `callback_on_step_end` returned, if any."""
+    if outputs is not None and not (isinstance(outputs, dict) and outputs.keys() <= {"codes"}):
+        raise TypeError(f"callback_on_step_end must return None or a dictionary with 'codes', got {outputs!r:.80}")
+    return None if outputs is None else outputs.get("codes")
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.argument_checks import check_size
+from ..argument_checks import check_callable, check_size
 
 Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
 
@@ -12,6 +12,7 @@ Scorer = Callable[[torch.Tensor, list | None], torch.Tensor]
 def check_candidates(scorer: Scorer | None, num_candidates: int) -> None:
     """Raises `ValueError`/`TypeError` for candidates without a scorer, the reverse, or no number of at least 1."""
     check_size("num_candidates", num_candidates)
+    check_callable("scorer", scorer)
     if (scorer is None) != (num_candidates == 1):
         raise ValueError(
             "scorer requires num_candidates > 1, and vice versa; got "
@@ -22,7 +23,14 @@ def check_candidates(scorer: Scorer | None, num_candidates: int) -> None:
 def score_images(scorer: Scorer, images: torch.Tensor, conditions: list | None) -> torch.Tensor:
     """Scores `(B,)`, on the CPU, of images `(B, 3, height, width)` in [0, 1]; `ValueError` for any other result."""
     scores = scorer(images, conditions)
-    if not torch.is_tensor(scores) or scores.shape != (len(images),) or scores.isnan().any():
+    is_number_per_image = (
+        torch.is_tensor(scores)
+        and scores.shape == (len(images),)
+        and not scores.is_complex()
+        and scores.dtype != torch.bool
+        and not scores.isnan().any()
+    )
+    if not is_number_per_image:
         raise ValueError(f"scorer must return one number per image ({len(images)}), got {scores}")
     return scores.cpu()
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..argument_checks import LARGEST_SIZE, check_choice, check_integer, check_number, check_size
 from .loop import TrainingHook, continue_schedule
 
 
@@ -44,12 +45,9 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 2, norm: str = "batch"):
         super().__init__()
-        if norm not in ("batch", "act"):
-            raise ValueError(f"norm must be 'batch' or 'act', got {norm!r}")
-        if min(in_channels, width, num_layers) < 1:
-            raise ValueError(
-                f"in_channels, width and num_layers must be at least 1, got {in_channels}, {width} and {num_layers}"
-            )
+        check_choice("norm", norm, ("batch", "act"))
+        for name, size in (("in_channels", in_channels), ("width", width), ("num_layers", num_layers)):
+            check_size(name, size)
         widths = [width * min(2**i, 8) for i in range(num_layers + 1)]
         layers = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i in range(1, num_layers + 1):
@@ -123,8 +121,11 @@ class DiscriminatorTrainer(TrainingHook):
         warmup_steps: int = 0,
         max_adaptive_weight: float = 1e4,
     ):
-        if loss not in ("hinge", "vanilla"):
-            raise ValueError(f"loss must be 'hinge' or 'vanilla', got {loss!r}")
+        check_choice("loss", loss, ("hinge", "vanilla"))
+        check_number("weight", weight, "be at least 0")
+        check_integer("start", start, 0, LARGEST_SIZE)
+        check_integer("warmup_steps", warmup_steps, 0, LARGEST_SIZE)
+        check_number("max_adaptive_weight", max_adaptive_weight, "be greater than 0")
         self.accelerator = accelerator
         self.discriminator = discriminator
         self.optimizer = optimizer

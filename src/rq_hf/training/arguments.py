@@ -4,7 +4,6 @@ methods hand the values on to functions that know nothing of a command line.
 """
 
 import json
-import math
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import HfArgumentParser
 
+from ..argument_checks import check_number
 from ..data import (
     ImageCollator,
     LatentCollator,
@@ -35,14 +35,6 @@ from .rq_transformer import RQTransformerLoss, create_transformer, encode_batch,
 from .soft_labels import EFFECTIVE_CODEWORDS, choose_soft_label_temperature, describe_soft_labels
 
 PRESETS = Path(__file__).parent / "presets"
-
-RANGES = {
-    "be at least 0": lambda number: number >= 0,
-    "be at least 1": lambda number: number >= 1,
-    "be at least 2": lambda number: number >= 2,
-    "be greater than 0": lambda number: number > 0,
-    "lie in [0, 1)": lambda number: 0 <= number < 1,
-}
 
 # What a resumed run may change: it goes on with the new value. Everything else would make another run.
 MAY_CHANGE = (
@@ -71,10 +63,8 @@ def check_numbers(arguments, requirement: str, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not RANGES[requirement](number):
-                raise ValueError(f"--{name} must {requirement}, got {number}")
-            if number == math.inf:
-                raise ValueError(f"--{name} must {requirement} and be finite, got {number}")
+            if number is not None:
+                check_number(f"--{name}", number, requirement)
 
 
 def check_repository(name: str) -> None:
@@ -170,6 +160,7 @@ class RunArguments:
         check_numbers(self, "be at least 1", "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
         check_numbers(self, "be at least 1", "logging_steps", "checkpointing_steps", "checkpoints_total_limit")
         check_numbers(self, "be at least 0", "lr_warmup_steps", "weight_decay", "max_grad_norm", "image_logging_steps")
+        check_numbers(self, "be at least 0", "seed")
         check_numbers(self, "be greater than 0", "learning_rate", "peak_teraflops")
         check_numbers(self, "lie in [0, 1)", "adam_beta1", "adam_beta2", "ema_decay")
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..argument_checks import check_number
+
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor; any other tensor as it is."""
@@ -32,6 +34,7 @@ class EMA:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
+        check_number("decay", decay, "lie in [0, 1)")
         self.model = model
         self.decay = decay
         self.step = 0

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..argument_checks import LARGEST_SIZE, check_bool, check_integer, check_number, check_temperature
 from ..data import TrainingStream
 from ..images import captioned_grid
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
@@ -39,6 +40,8 @@ def create_transformer(
 ) -> RQTransformerModel:
     """A new transformer on the codes of `vae`, with a copy of its codebook. The arguments are those of
     [`RQTransformerConfig`], the same for both stacks."""
+    check_integer("spatial_layers", spatial_layers, 1, LARGEST_SIZE)
+    check_integer("depth_layers", depth_layers, 0, LARGEST_SIZE)
     stack = {
         "hidden_size": hidden_size,
         "num_attention_heads": num_attention_heads,
@@ -109,6 +112,12 @@ class RQTransformerLoss:
         cond_dropout: float = 0.1,
         autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
+        if null_cond_id is not None:
+            check_integer("null_cond_id", null_cond_id, 0, LARGEST_SIZE)
+        if soft_label_temperature is not None:
+            check_temperature("soft_label_temperature", soft_label_temperature)
+        check_bool("stochastic_codes", stochastic_codes)
+        check_number("cond_dropout", cond_dropout, "lie in [0, 1)")
         self.vae = vae
         self.null_cond_id = null_cond_id
         self.soft_label_temperature = soft_label_temperature

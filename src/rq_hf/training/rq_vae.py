@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
+from ..argument_checks import check_choice, check_number
 from ..images import captioned_grid
 from ..metrics import LPIPS, codebook_usage, count_codes, psnr
 from ..model_cards import RQVAE_USAGE, model_card
@@ -50,8 +51,9 @@ class RQVAELoss:
         perceptual_weight: float = 1.0,
         discriminator: DiscriminatorTrainer | None = None,
     ):
-        if reconstruction_loss not in RECONSTRUCTION_LOSSES:
-            raise ValueError(f"reconstruction_loss must be 'mse' or 'l1', got {reconstruction_loss!r}")
+        check_choice("reconstruction_loss", reconstruction_loss, list(RECONSTRUCTION_LOSSES))
+        check_number("commitment_weight", commitment_weight, "be at least 0")
+        check_number("perceptual_weight", perceptual_weight, "be at least 0")
         self.distance = RECONSTRUCTION_LOSSES[reconstruction_loss]
         self.commitment_weight = commitment_weight
         self.perceptual = perceptual

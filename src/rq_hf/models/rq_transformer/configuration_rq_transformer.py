@@ -5,8 +5,17 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
-from ..argument_checks import check_share
+from ...argument_checks import (
+    LARGEST_SIZE,
+    check_choice,
+    check_instance,
+    check_integer,
+    check_items,
+    check_number,
+    check_size,
+)
 from ..presets import load_preset
 
 # What `transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)` needs without `import rq_hf`.
@@ -49,15 +58,22 @@ class RQStackConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
+        check_size("hidden_size", self.hidden_size)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        check_size("intermediate_size", self.intermediate_size)
+        check_size("num_attention_heads", self.num_attention_heads)
+        check_integer("num_hidden_layers", self.num_hidden_layers, 0, LARGEST_SIZE)
+        check_choice("hidden_act", self.hidden_act, list(ACT2FN))
+        check_number("layer_norm_eps", self.layer_norm_eps, "be greater than 0")
+        check_number("initializer_range", self.initializer_range, "be at least 0")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be divisible by num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
-        check_share("attention_dropout", self.attention_dropout)
-        check_share("hidden_dropout", self.hidden_dropout)
+        check_number("attention_dropout", self.attention_dropout, "lie in [0, 1)")
+        check_number("hidden_dropout", self.hidden_dropout, "lie in [0, 1)")
         super().__post_init__(**kwargs)
 
 
@@ -112,11 +128,18 @@ class RQTransformerConfig(PreTrainedConfig):
         if self.depth_config is None:
             self.depth_config = {"num_hidden_layers": 4}
         for name, config_class in self.sub_configs.items():
-            if not isinstance(getattr(self, name), PreTrainedConfig):
+            if getattr(self, name) is not None:
+                check_instance(name, getattr(self, name), dict | config_class)
+            if not isinstance(getattr(self, name), config_class):
                 setattr(self, name, config_class(**(getattr(self, name) or {})))
         super().__post_init__(**kwargs)
-        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"code_shape must be (H, W, D), each at least 1, got {self.code_shape}")
+        check_items("code_shape", self.code_shape, 3)
+        for size in self.code_shape:
+            check_size("code_shape", size)
+        for name in ("codebook_size", "codebook_dim", "cond_vocab_size", "cond_length"):
+            check_size(name, getattr(self, name))
+        if self.spatial_config.num_hidden_layers == 0:
+            raise ValueError("spatial_config must have at least 1 num_hidden_layers, got 0")
         if self.spatial_config.hidden_size != self.depth_config.hidden_size:
             raise ValueError(
                 "spatial_config and depth_config must have the same hidden_size, got "
@@ -126,18 +149,12 @@ class RQTransformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"spatial_config.num_hidden_layers must be at least 1, got {self.spatial_config.num_hidden_layers}"
             )
-        if min(self.cond_vocab_size, self.cond_length) < 1:
-            raise ValueError(
-                "cond_vocab_size and cond_length must be at least 1, got "
-                f"{self.cond_vocab_size} and {self.cond_length}"
-            )
         if self.null_cond_id is not None and not 0 <= self.null_cond_id < self.cond_vocab_size:
             raise ValueError(f"null_cond_id must lie in [0, {self.cond_vocab_size}), got {self.null_cond_id}")
-        check_share("embedding_dropout", self.embedding_dropout)
-        if not 0 <= self.text_loss_weight <= 1:
-            raise ValueError(f"text_loss_weight must lie in [0, 1], got {self.text_loss_weight}")
-        if not self.soft_label_temperature > 0:
-            raise ValueError(f"soft_label_temperature must be greater than 0, got {self.soft_label_temperature}")
+        check_number("embedding_dropout", self.embedding_dropout, "lie in [0, 1)")
+        check_number("text_loss_weight", self.text_loss_weight, "lie in [0, 1]")
+        check_number("soft_label_temperature", self.soft_label_temperature, "be greater than 0")
+        check_number("initializer_range", self.initializer_range, "be at least 0")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which

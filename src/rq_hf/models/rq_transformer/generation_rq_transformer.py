@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from ...argument_checks import check_callable, check_shape
 from ..codes import embed_codes
 from ..offloading import onload_weights
 from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
@@ -111,6 +112,7 @@ class RQGenerationMixin(GenerationMixin):
         )
         settings.check_guidance(guidance_schedule, negative_cond_ids, self.config.null_cond_id)
         batch_size = resolve_batch_size(cond_ids, num_images, prefix_codes)
+        check_callable("on_position", on_position)
         check_generator(generator, batch_size)
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size).to(self.device)
         codes = self._prepare_codes(prefix_codes, start, keep_depth, batch_size)  # (B, T, D)
@@ -143,7 +145,10 @@ class RQGenerationMixin(GenerationMixin):
                 if on_position is not None:
                     codes, needs_prefill = self._apply_callback(on_position, position, codes, keep_depth)
         if not largest_logits.isfinite().all():  # checked once: each check synchronises with the device
-            raise ValueError("the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32")
+            raise ValueError(
+                "the model gave logits that are NaN or infinite; in float16, try bfloat16 or float32, and where "
+                "guidance_scale is large, a smaller one"
+            )
         return codes.view(batch_size, height, width, depth)
 
     def _sampling_steps(self) -> tuple[Callable, Callable]:
@@ -216,10 +221,13 @@ class RQGenerationMixin(GenerationMixin):
         """The codes `(B, T, D)` to continue with, and whether the callback changed them."""
         code_map = codes.unflatten(1, self.config.code_shape[:2])
         replaced = on_position(position, code_map.clone())
-        if replaced is None or torch.equal(replaced, code_map):
+        if replaced is None:
             return codes, False
-        if len(replaced) != len(codes):
-            raise ValueError(f"on_position must keep the batch size {len(codes)}, got {len(replaced)}")
+        name = "what on_position (in a pipeline: callback_on_step_end) returns"
+        self.check_codes(replaced, name)
+        check_shape(name, replaced, *code_map.shape)
+        if torch.equal(replaced.to(codes.device), code_map):
+            return codes, False
         return self._prepare_codes(replaced, position + 1, keep_depth, len(codes)), True
 
     def _prepare_codes(self, prefix_codes, start, keep_depth, batch_size) -> torch.Tensor:
@@ -229,7 +237,7 @@ class RQGenerationMixin(GenerationMixin):
             batch_size, self.num_positions, self.config.code_shape[-1], dtype=torch.long, device=self.device
         )
         if prefix_codes is not None:
-            self.check_codes(prefix_codes)
+            self.check_codes(prefix_codes, "prefix_codes")
             given = prefix_codes.flatten(1, 2).to(self.device)
             codes[:, :start] = given[:, :start]
             codes[:, start:, :keep_depth] = given[:, start:, :keep_depth]
@@ -239,7 +247,7 @@ class RQGenerationMixin(GenerationMixin):
         """The condition that guidance steers away from, `(B, L)`."""
         if negative_cond_ids is None:
             return torch.full_like(cond_ids, self.config.null_cond_id)
-        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids)).to(self.device)
+        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids), "negative_cond_ids").to(self.device)
 
     def _cache_dtype(self) -> torch.dtype:
         device = self.device.type

@@ -1,19 +1,30 @@
 """The arguments of `generate`: defaults filled in, checked, and brought to one value per depth."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from ..argument_checks import check_bool
+from ...argument_checks import (
+    as_plain,
+    check_bool,
+    check_choice,
+    check_dense,
+    check_integer,
+    check_number,
+    check_size,
+    check_temperature,
+    is_number,
+)
+from ..pretrained import check_json
 from .code_sampling import CodeSampler
 
-PerDepth = float | Sequence[float]
+PerDepth = float | Sequence[float] | np.ndarray | torch.Tensor
 
 # Share of the guidance at the progress in [0, 1] over the positions.
 GUIDANCE_SCHEDULES = {
@@ -60,24 +71,27 @@ class GenerationSettings:
             settings[name] = default if value is None else value
         check_bool("do_sample", settings["do_sample"])
         for name in ("temperature", "top_k", "top_p", "guidance_scale"):
-            value = settings[name]
-            values = list(value) if isinstance(value, Sequence) else [value] * depth
+            value = as_plain(settings[name])
+            values = list(value) if isinstance(value, list | tuple) else [value] * depth
             if len(values) != depth:
                 raise ValueError(f"{name} must be a number or one per depth ({depth}), got {len(values)} values")
             settings[name] = values
 
-        if not all(t > 0 and math.isfinite(t) for t in settings["temperature"]):
-            raise ValueError(
-                f"temperature must be greater than 0, got {settings['temperature']}; do_sample=False is greedy"
-            )
-        if not all(k is None or (k >= 1 and k == int(k) and not isinstance(k, bool)) for k in settings["top_k"]):
-            raise ValueError(f"top_k must be an integer of at least 1, got {settings['top_k']}")
-        settings["top_k"] = [codebook_size if k is None else min(int(k), codebook_size) for k in settings["top_k"]]
-        if not all(0 < p <= 1 for p in settings["top_p"]):
-            raise ValueError(f"top_p must lie in (0, 1], got {settings['top_p']}")
-        settings["top_p"] = [float(p) for p in settings["top_p"]]
-        if not all(math.isfinite(scale) for scale in settings["guidance_scale"]):
-            raise ValueError(f"guidance_scale must be finite, got {settings['guidance_scale']}")
+        for temperature in settings["temperature"]:
+            if is_number(temperature) and temperature == 0:
+                raise ValueError(f"temperature must be greater than 0, got {temperature}; do_sample=False is greedy")
+            check_temperature("temperature", temperature)
+        settings["top_k"] = [codebook_size if k is None else k for k in settings["top_k"]]
+        for k in settings["top_k"]:
+            if not (is_number(k) and 1 <= k < math.inf and k == int(k)):
+                raise ValueError(f"top_k must be an integer of at least 1, got {k!r:.80}")
+        settings["top_k"] = [min(int(k), codebook_size) for k in settings["top_k"]]
+        for p in settings["top_p"]:
+            check_number("top_p", p, "lie in (0, 1]")
+        for scale in settings["guidance_scale"]:
+            check_number("guidance_scale", scale, "be finite")
+        for name in ("temperature", "top_p", "guidance_scale"):
+            settings[name] = [float(number) for number in settings[name]]
         return cls(**settings)
 
     @property
@@ -86,10 +100,10 @@ class GenerationSettings:
 
     def check_guidance(self, schedule: str, negative_cond_ids: torch.Tensor | None, null_cond_id: int | None) -> None:
         """Raises `ValueError` for arguments of guidance that contradict each other or the model."""
-        if schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(f"guidance_schedule must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}")
+        check_choice("guidance_schedule", schedule, list(GUIDANCE_SCHEDULES))
         if not self.is_guided and (negative_cond_ids is not None or schedule != "constant"):
-            name = "negative_cond_ids" if negative_cond_ids is not None else "guidance_schedule"
+            negative = "negative_cond_ids (in a pipeline: negative_prompt)"
+            name = negative if negative_cond_ids is not None else "guidance_schedule"
             raise ValueError(f"{name} needs a guidance_scale other than 1")
         if self.is_guided and negative_cond_ids is None and null_cond_id is None:
             raise ValueError(
@@ -132,18 +146,21 @@ def check_generation_config_file(model: str, **hub_arguments) -> None:
     )
     if file is None:
         return
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must be a JSON object, got {content!r}")
+    check_json(Path(file))
 
 
 def resolve_batch_size(
     cond_ids: torch.Tensor | None, num_images: int | None, prefix_codes: torch.Tensor | None
 ) -> int:
-    """The batch size that the arguments agree on, 1 without any. Raises `ValueError` if they disagree or it is 0."""
+    """The batch size that the arguments agree on, 1 without any. Raises `ValueError` if they disagree or it is 0,
+    `TypeError` for arguments of other types."""
+    for name, rows in (("cond_ids", cond_ids), ("prefix_codes", prefix_codes)):
+        if rows is not None:
+            check_dense(name, rows)
+            if not rows.ndim or not len(rows):
+                raise ValueError(f"{name} must have at least one row, got the shape {tuple(rows.shape)}")
+    if num_images is not None:
+        check_size("num_images", num_images)
     sizes = {
         "cond_ids": None if cond_ids is None else len(cond_ids),
         "num_images": num_images,
@@ -152,10 +169,7 @@ def resolve_batch_size(
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"arguments disagree on the batch size: {sizes}")
-    batch_size = next(iter(sizes.values()), 1)
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {sizes}")
-    return batch_size
+    return int(next(iter(sizes.values()), 1))
 
 
 def check_prefix(
@@ -163,10 +177,8 @@ def check_prefix(
 ) -> None:
     """Raises `ValueError` for a prefix outside the code map `(H, W, D)`, without codes, or codes without a prefix."""
     height, width, depth = code_shape
-    if not 0 <= start <= height * width:
-        raise ValueError(f"start must lie in [0, {height * width}], the positions in raster order, got {start}")
-    if not 0 <= keep_depth < depth:
-        raise ValueError(f"keep_depth must lie in [0, {depth}), got {keep_depth}")
+    check_integer("start", start, 0, height * width)
+    check_integer("keep_depth", keep_depth, 0, depth - 1)
     if (prefix_codes is None) != (start == keep_depth == 0):
         raise ValueError(
             "prefix_codes go with start > 0 or keep_depth > 0, got "

@@ -19,9 +19,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import capture_outputs
 
-from ..argument_checks import check_size
-from ..codes import check_codes, check_range, embed_codes
+from ...argument_checks import (
+    check_bool,
+    check_dense,
+    check_finite,
+    check_floating,
+    check_instance,
+    check_int64,
+    check_range,
+    check_size,
+    check_temperature,
+)
+from ..codes import embed_codes
 from ..offloading import check_not_offloaded
+from ..pretrained import check_loading_info, reading
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -192,6 +203,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     _group_offload_block_modules = ["spatial_stack", "depth_stack"]
 
     def __init__(self, config: RQTransformerConfig):
+        check_instance("config", config, RQTransformerConfig)
         super().__init__(config)
         depth = config.code_shape[-1]
         hidden_size = config.spatial_config.hidden_size
@@ -219,6 +231,19 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Does nothing: [`RQTransformerConfig.save_pretrained`] writes what `AutoModel` needs."""
 
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """As in transformers, except that missing and unknown weights are a `ValueError`, unless
+        `ignore_mismatched_sizes=True`."""
+        if pretrained_model_name_or_path is None:  # the weights are in `state_dict`
+            return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
+        with reading("an RQ-Transformer", pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
     @property
     def num_positions(self) -> int:
         """T = H·W."""
@@ -229,14 +254,14 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     def set_codebook(self, codebook: torch.Tensor) -> None:
         """Copies the RQ-VAE's codebook `(M, K, C)`, `vae.quantizer.codebook`.
 
-        Raises `ValueError` for another shape, and while this model's codebook is offloaded.
+        Raises `ValueError` for another shape, for values that are NaN or infinite, and while this model's codebook is
+        offloaded.
         """
         check_not_offloaded(self, "codebook")
-        if codebook.shape != self.codebook.shape:
-            raise ValueError(
-                f"the codebook must have the shape (M, K, C) = {tuple(self.codebook.shape)}, "
-                f"got {tuple(codebook.shape)}"
-            )
+        check_floating("codebook", codebook, *self.codebook.shape)
+        if codebook.is_meta:
+            raise ValueError("codebook must have values, got a tensor on the meta device")
+        check_finite("codebook", codebook)
         self.codebook.copy_(codebook)
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -296,6 +321,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                 another attention implementation than eager, or hidden states of a packed model.
         """
         self._check_forward(codes, labels, residuals, target_temperature)
+        check_bool("return_logits", return_logits)
         recorded = self._outputs_to_record(output_hidden_states, output_attentions)
         batch_size, height, width, depth = codes.shape
         cond_ids = self.prepare_cond_ids(cond_ids, batch_size)
@@ -378,7 +404,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         does not compute in, the dtype of the projection. The position embeddings have the dtype of the arithmetic."""
         return projection(codewords.to(self.depth_position_embedding.dtype))
 
-    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor:
+    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int, name: str = "cond_ids") -> torch.Tensor:
         """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
 
         Raises `ValueError` when they are missing, of another shape, or out of range.
@@ -390,37 +416,29 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
                     f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed"
                 )
             return torch.zeros(batch_size, length, dtype=torch.long, device=self.device)
+        check_dense(name, cond_ids)
         if length == 1 and cond_ids.ndim == 1:
             cond_ids = cond_ids[:, None]
-        if cond_ids.shape != (batch_size, length):
-            raise ValueError(f"cond_ids must have the shape ({batch_size}, {length}), got {tuple(cond_ids.shape)}")
-        check_range("cond_ids", cond_ids, vocab_size)
+        check_int64(name, cond_ids, batch_size, length)
+        check_range(name, cond_ids, vocab_size)
         return cond_ids
 
-    def check_codes(self, codes: torch.Tensor) -> None:
+    def check_codes(self, codes: torch.Tensor, name: str = "codes") -> None:
         """Raises `ValueError`/`TypeError` unless `codes` is an int64 `(B, H, W, D)` map of this model."""
-        check_codes(codes, self.config.code_shape[-1], self.config.codebook_size)
-        if tuple(codes.shape[1:]) != self.config.code_shape:
-            raise ValueError(f"codes must have the shape (B, *{self.config.code_shape}), got {tuple(codes.shape)}")
+        check_int64(name, codes, "B", *self.config.code_shape)
+        check_range(name, codes, self.config.codebook_size)
 
     def _check_forward(self, codes, labels, residuals, temperature):
         self.check_codes(codes)
         if labels is not None and residuals is not None:
             raise ValueError("give labels (hard labels) or residuals (soft labels), not both")
         if labels is not None and labels is not codes:
-            self.check_codes(labels)
-            if labels.shape != codes.shape:
-                raise ValueError(
-                    f"codes and labels must have the same batch size, got {codes.shape[0]} and {labels.shape[0]}"
-                )
+            self.check_codes(labels, "labels")
+            if len(labels) != len(codes):
+                raise ValueError(f"codes and labels must have the same batch size, got {len(codes)} and {len(labels)}")
         if residuals is not None:
-            if residuals.shape != (*codes.shape, self.config.codebook_dim):
-                raise ValueError(
-                    f"residuals must have the shape {(*codes.shape, self.config.codebook_dim)}, "
-                    f"got {tuple(residuals.shape)}"
-                )
-            if not temperature > 0:
-                raise ValueError(f"target_temperature must be greater than 0, got {temperature}")
+            check_floating("residuals", residuals, *codes.shape, self.config.codebook_dim)
+            check_temperature("target_temperature", temperature)
 
     def _outputs_to_record(self, output_hidden_states: bool | None, output_attentions: bool | None) -> dict[str, bool]:
         """What [`RQStack.record`] shall record: the arguments, or where they are `None` those of the config."""

@@ -9,6 +9,7 @@ is `(B, C/pq, H·p, W·q)`, and the pixels are as many times more.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,21 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ...argument_checks import (
+    as_plain,
+    check_bool,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_items,
+    check_number,
+    check_size,
+)
 from ...untrusted_files import read_state_dict, read_yaml
-from ..argument_checks import check_bool, check_size
 from ..codes import check_codes
 from ..offloading import check_not_group_offloaded, onload_weights
 from ..presets import load_preset
+from ..pretrained import check_loading_info, reading
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
 
@@ -94,6 +105,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     _group_offload_block_modules = ["encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"]
     _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
     _keep_in_fp32_modules = ["quantizer"]
+    _keys_to_ignore_on_load_unexpected = [r"quantizer\.cluster_"]  # of a codebook that is now trained by gradient
     _skip_layerwise_casting_patterns = ["quantizer"]
 
     @register_to_config
@@ -121,18 +133,36 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         sample_size: int = 256,
     ):
         super().__init__()
+        self.register_to_config(**{name: as_plain(value) for name, value in self.config.items() if name[0] != "_"})
+        check_size("in_channels", in_channels)
+        check_size("out_channels", out_channels)
+        check_block_types("down_block_types", down_block_types, ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"))
+        check_block_types("up_block_types", up_block_types, ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"))
+        check_items("block_out_channels", block_out_channels)
+        for width in block_out_channels:
+            check_size("block_out_channels", width)
+        check_size("layers_per_block", layers_per_block)
         check_bool("mid_block_add_attention", mid_block_add_attention)
+        check_size("norm_num_groups", norm_num_groups)
+        if any(width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"norm_num_groups must divide all block_out_channels, got {norm_num_groups} and {block_out_channels}"
+            )
+        check_number("dropout", dropout, "lie in [0, 1)")
         check_size("latent_channels", latent_channels)
         check_size("codebook_dim", codebook_dim)
+        check_items("code_patch_size", code_patch_size, 2)
+        for side in code_patch_size:
+            check_size("code_patch_size", side)
         check_size("sample_size", sample_size)
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
             raise ValueError(
                 "down_block_types, up_block_types and block_out_channels need one entry per level, got "
                 f"{len(down_block_types)}, {len(up_block_types)} and {len(block_out_channels)}"
             )
-        if min(code_patch_size) < 1 or codebook_dim % math.prod(code_patch_size):
+        if codebook_dim % math.prod(code_patch_size):
             raise ValueError(
-                "code_patch_size must be two numbers of at least 1 whose product divides codebook_dim, got "
+                "code_patch_size must be two numbers whose product divides codebook_dim, got "
                 f"{tuple(code_patch_size)} and {codebook_dim}"
             )
         feature_channels = codebook_dim // math.prod(code_patch_size)
@@ -181,6 +211,16 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         return cls(**load_preset(name, "vae"))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, output_loading_info=False, **kwargs):
+        """As in diffusers, except that missing and unknown weights are a `ValueError`, unless
+        `ignore_mismatched_sizes=True`."""
+        with reading("an RQ-VAE", pretrained_model_name_or_path):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
         """Loads the authors' `model.pt`, or its state dict, by `original_config="config.yaml"`.
 
@@ -217,9 +257,11 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     def encode(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEEncoderOutput | tuple[torch.Tensor]:
         """Pixels `(B, 3, height, width)` in [-1, 1] -> feature map `(B, C, H, W)` before quantization.
 
-        Raises `ValueError` when code positions do not cover the pixels, or for another number of channels.
+        Raises `ValueError` when code positions do not cover the pixels, or for another number of channels; `TypeError`
+        for pixels that are not floating point.
         """
         self.check_pixels(pixels)
+        pixels = pixels.to(self.dtype)
         latents = torch.cat([self._encode(p) for p in self._slices(pixels)])
         return RQVAEEncoderOutput(latents=latents) if return_dict else (latents,)
 
@@ -241,14 +283,16 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     @onload_weights
     def decode(self, quantized: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Feature map `(B, C, H, W)` -> pixels `(B, 3, height, width)`, about [-1, 1], not clamped."""
-        sample = torch.cat([self._decode(q) for q in self._slices(quantized)])
+        rows, columns = self.config.code_patch_size
+        check_floating("quantized", quantized, "B", self.config.codebook_dim // (rows * columns), "H", "W")
+        sample = torch.cat([self._decode(q) for q in self._slices(quantized.to(self.dtype))])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(self, pixels: torch.Tensor, return_dict: bool = True) -> RQVAEOutput | tuple[torch.Tensor, ...]:
         """Encode, quantize, decode: pixels `(B, 3, height, width)` in [-1, 1] -> [`RQVAEOutput`]."""
         latents = self.encode(pixels).latents
         quantization = self.quantize(latents)
-        sample = self.decode(quantization.quantized.to(latents.dtype)).sample
+        sample = self.decode(quantization.quantized).sample
         output = RQVAEOutput(sample, quantization.codes, quantization.commitment_loss, quantization.codebook_loss)
         return output if return_dict else output.to_tuple()
 
@@ -301,15 +345,13 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
                 preview of a map that is still being sampled.
         """
         depth = self.config.depth if depth is None else depth
-        if not 1 <= depth <= self.config.depth:
-            raise ValueError(f"depth must lie in [1, {self.config.depth}], got {depth}")
+        check_integer("depth", depth, 1, self.config.depth)
         check_codes(codes, self.config.depth, self.config.codebook_size)
         vectors = self.quantizer.decode(codes[..., :depth])  # (B, H, W, C)
         if num_positions is not None:
-            if not 0 <= num_positions <= codes[0, ..., 0].numel():
-                raise ValueError(f"num_positions must lie in [0, {codes[0, ..., 0].numel()}], got {num_positions}")
+            check_integer("num_positions", num_positions, 0, codes[0, ..., 0].numel())
             vectors.flatten(1, 2)[:, num_positions:] = 0
-        return self.decode(self.unpatchify(vectors).to(self.dtype), return_dict=return_dict)
+        return self.decode(self.unpatchify(vectors), return_dict=return_dict)
 
     def enable_tiling(self) -> None:
         """Not supported: raises `NotImplementedError`."""
@@ -335,6 +377,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         Raises `ValueError` when patches of `code_patch_size` do not cover the map.
         """
         rows, columns = self.config.code_patch_size
+        check_floating("latents", latents, "B", self.config.codebook_dim // (rows * columns), "H", "W")
         if latents.shape[-2] % rows or latents.shape[-1] % columns:
             raise ValueError(f"patches of {rows}×{columns} do not cover a feature map of {tuple(latents.shape)}")
         patches = latents.unflatten(3, (-1, columns)).unflatten(2, (-1, rows))  # (B, C/pq, H, p, W, q)
@@ -342,6 +385,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
 
     def unpatchify(self, vectors: torch.Tensor) -> torch.Tensor:
         """The inverse of [`patchify`]: `(B, H, W, C)` -> `(B, C, H, W)`."""
+        check_floating("vectors", vectors, "B", "H", "W", self.config.codebook_dim)
         patches = vectors.unflatten(3, (*self.config.code_patch_size, -1))  # (B, H, W, p, q, C/pq)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -353,12 +397,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises `ValueError` unless `pixels` is `(B, 3, height, width)` with sides the encoder can divide."""
         rows, columns = self.pixels_per_code
-        if pixels.ndim != 4 or pixels.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"pixels must have the shape (B, {self.config.in_channels}, height, width), got {tuple(pixels.shape)}"
-            )
-        if not pixels.is_floating_point():
-            raise TypeError(f"pixels must be floating point in [-1, 1], got {pixels.dtype}")
+        check_floating("pixels", pixels, "B", self.config.in_channels, "height", "width")
         height, width = pixels.shape[-2:]
         if height % rows or width % columns:
             raise ValueError(
@@ -374,3 +413,10 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
 
     def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(quantized))
+
+
+def check_block_types(name: str, block_types: Sequence[str], accepted: Sequence[str]) -> None:
+    """Raises `TypeError` unless `block_types` is a list or tuple, `ValueError` for a block that is not `accepted`."""
+    check_items(name, block_types)
+    for block_type in block_types:
+        check_choice(name, block_type, accepted)

@@ -22,20 +22,6 @@ def in_chunks(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tens
     return vectors.split(max(1, MAX_DISTANCES // len(codebook)))
 
 
-def check_temperature(temperature: float) -> None:
-    """Raises `ValueError` unless the temperature τ of soft targets is greater than 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, got {temperature}")
-
-
-def check_finite(vectors: torch.Tensor) -> None:
-    """Raises `ValueError` for vectors `(N, C)` that are NaN or infinite. Compiled code cannot look at values."""
-    if torch.compiler.is_compiling() or vectors.isfinite().all():
-        return
-    count = len(vectors) - int(vectors.isfinite().all(dim=-1).sum())
-    raise ValueError(f"vectors must be finite, got NaN or infinite values in {count} of {len(vectors)}")
-
-
 def sample_codes(
     residual: torch.Tensor, codebook: torch.Tensor, temperature: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:

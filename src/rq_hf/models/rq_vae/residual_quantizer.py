@@ -14,10 +14,24 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..argument_checks import check_bool, check_size
+from ...argument_checks import (
+    LARGEST_SIZE,
+    as_plain,
+    check_bool,
+    check_choice,
+    check_finite,
+    check_floating,
+    check_instance,
+    check_int64,
+    check_integer,
+    check_number,
+    check_range,
+    check_size,
+    check_temperature,
+)
 from ..codes import embed_codes
 from ..offloading import check_not_offloaded, onload_weights
-from .nearest_codes import check_finite, check_temperature, k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
@@ -100,18 +114,16 @@ class ResidualQuantizer(nn.Module):
         check_size("depth", depth)
         check_bool("shared_codebook", shared_codebook)
         check_bool("restart_unused_codes", restart_unused_codes)
-        if codebook_update not in ("ema", "gradient"):
-            raise ValueError(f"codebook_update must be 'ema' or 'gradient', got {codebook_update!r}")
+        check_choice("codebook_update", codebook_update, ("ema", "gradient"))
         num_codebooks = 1 if shared_codebook else depth
-        decays = ema_decay if isinstance(ema_decay, Sequence) else [ema_decay] * num_codebooks
+        ema_decay = as_plain(ema_decay)
+        decays = ema_decay if isinstance(ema_decay, list | tuple) else [ema_decay] * num_codebooks
         if len(decays) != num_codebooks:
             raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
-        if not all(0 <= decay < 1 for decay in decays):
-            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
-        if not 0 <= quantizer_dropout <= 1:
-            raise ValueError(f"quantizer_dropout must lie in [0, 1], got {quantizer_dropout}")
-        if not 0 < epsilon < float("inf"):
-            raise ValueError(f"epsilon must be greater than 0 and finite, got {epsilon}")
+        for decay in decays:
+            check_number("ema_decay", decay, "lie in [0, 1)")
+        check_number("quantizer_dropout", quantizer_dropout, "lie in [0, 1]")
+        check_number("epsilon", epsilon, "be greater than 0")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
         self.depth = depth
@@ -135,14 +147,13 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: torch.Tensor) -> QuantizerOutput:
         """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
 
-        Raises `ValueError` when the last dimension is not C, and in training mode for vectors that are NaN or
-        infinite, from which a codebook does not recover; `TypeError` for integers.
+        Raises `ValueError` when the last dimension is not C, and for vectors that are NaN or infinite, which have no
+        codes and from which a codebook would not recover; `TypeError` for integers.
         """
         self._check_vectors(z)
         with torch.autocast(z.device.type, enabled=False):
             inputs = z.float().reshape(-1, self.codebook_dim)  # (N, C)
-            if self.training:
-                check_finite(inputs)
+            check_finite("vectors", inputs)
             residual = inputs.detach()
             partial_sum = quantized = torch.zeros_like(residual)
             last_depth = self._sample_last_depths(z)  # (N, 1), or None where all depths are summed
@@ -179,13 +190,17 @@ class ResidualQuantizer(nn.Module):
             temperature: τ > 0 samples the codes from softmax(−‖r − e(k)‖²/τ), the stochastic codes of section 3.2.3;
                 `None` takes the nearest ones.
 
-        Raises `ValueError` for another number of channels and for τ ≤ 0.
+        Raises `ValueError` for another number of channels, NaN or infinite vectors and τ ≤ 0; `TypeError` for
+        arguments of other types.
         """
         self._check_vectors(z)
         if temperature is not None:
-            check_temperature(temperature)
+            check_temperature("temperature", temperature)
+        if generator is not None:
+            check_instance("generator", generator, torch.Generator)
         with torch.autocast(z.device.type, enabled=False):
             residual = z.float().reshape(-1, self.codebook_dim)
+            check_finite("vectors", residual)
             codes, residuals = [], []
             for d in range(self.depth):
                 if temperature is None:
@@ -207,6 +222,10 @@ class ResidualQuantizer(nn.Module):
     @onload_weights
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codewords of `codes` `(..., d)`, d ≤ D, not summed: `(..., d, C)`."""
+        check_int64("codes", codes, "...", "d")
+        if codes.shape[-1] > self.depth:
+            raise ValueError(f"codes must have at most {self.depth} depths, got {codes.shape[-1]}")
+        check_range("codes", codes, self.codebook_size)
         return embed_codes(codes, self.codebook)
 
     @onload_weights
@@ -228,9 +247,10 @@ class ResidualQuantizer(nn.Module):
         Returns:
             targets `(..., D, K)` float32 and codes `(..., D)` int64.
 
-        Raises `ValueError` for another number of channels and for τ ≤ 0.
+        Raises `ValueError` and `TypeError` like [`encode`].
         """
-        check_temperature(temperature)
+        check_temperature("temperature", temperature)
+        check_bool("stochastic", stochastic)
         codes, residuals = self.encode(z, temperature if stochastic else None, generator)
         targets = [soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)]
         return torch.stack(targets, dim=-2), codes
@@ -246,8 +266,9 @@ class ResidualQuantizer(nn.Module):
         """
         check_not_offloaded(self, "codebook")
         self._check_vectors(vectors)
+        check_integer("iterations", iterations, 0, LARGEST_SIZE)
         vectors = vectors.float().reshape(-1, self.codebook_dim)
-        check_finite(vectors)
+        check_finite("vectors", vectors)
         residual = vectors
         for m in range(len(self.codebook)):
             self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
@@ -263,12 +284,7 @@ class ResidualQuantizer(nn.Module):
             self.cluster_sum[m] = codewords * counts[:, None]
 
     def _check_vectors(self, z: torch.Tensor) -> None:
-        if z.shape[-1] != self.codebook_dim:
-            raise ValueError(
-                f"expected vectors of {self.codebook_dim} channels in the last dimension, got {tuple(z.shape)}"
-            )
-        if not z.is_floating_point():
-            raise TypeError(f"vectors must be floating point, got {z.dtype}")
+        check_floating("vectors", z, "...", self.codebook_dim)
 
     def _sample_last_depths(self, z: torch.Tensor) -> torch.Tensor | None:
         """The depth index at which the sum of each vector of `z` `(B, ..., C)` ends, one per image: `(N, 1)`."""

@@ -1,0 +1,53 @@
+"""What must hold for saved models. The libraries fill in for a file that lacks something, at most with a warning."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..argument_checks import check_source
+
+
+@contextmanager
+def reading(name: str, source: str | os.PathLike) -> Iterator[None]:
+    """
+    For the block that loads a folder or Hub model.
+
+    Raises `FileNotFoundError` for a `source` that is neither a folder nor possible on the Hub; `ValueError`, which
+    names the folder or file, for JSON files that hold no JSON object, and for weights that are not safetensors or
+    have other shapes than `config.json` says.
+    """
+    check_source(name, source)
+    for pattern in ("*.json", "*/*.json"):
+        for file in sorted(Path(source).glob(pattern)):
+            check_json(file)
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {source} are truncated or invalid: {error}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(f"the weights in {source} do not fit its config.json: {error}") from error
+
+
+def check_json(file: Path) -> None:
+    """Raises `ValueError` unless the file holds a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must be a JSON object, got {content!r:.80}")
+
+
+def check_loading_info(source: str | os.PathLike, loading_info: dict) -> None:
+    """Raises `ValueError` unless the weights of a folder or Hub model were those of its configuration."""
+    for problem, names in (("lacks", loading_info["missing_keys"]), ("has unknown", loading_info["unexpected_keys"])):
+        if names:
+            names = sorted(names)
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{source} {problem} weights, or its config.json is of another model: {names[0]}{more}")
