@@ -5,12 +5,14 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 `counts["truncated_captions"]` exist where they can occur.
 """
 
+import operator
+
 import datasets
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..argument_checks import check_bool, check_instance, check_items, check_size, is_integer
+from ..argument_checks import check_bool, check_instance, check_items, check_size
 from ..images import to_pixels, to_rgb
 from ..text import encode_captions
 from .latents import bytes_to_latents
@@ -46,10 +48,13 @@ def caption_of(example: dict, column: str) -> str:
 def label_of(example: dict, column: str, num_classes: int | None = None) -> int:
     """Raises `ValueError` with the example's index for a label that is not an integer, or, with `num_classes`, not in
     [0, num_classes)."""
-    label = value_of(example, column)
-    if not is_integer(label):
-        raise ValueError(f"the label of example {example['example_index']} must be an integer, got {label!r}")
-    label = int(label)
+    value = value_of(example, column)
+    try:
+        label = int(operator.index(value))
+    except TypeError as error:
+        raise ValueError(
+            f"the label of example {example['example_index']} must be an integer, got {value!r}"
+        ) from error
     if num_classes is not None and not 0 <= label < num_classes:
         raise ValueError(
             f"the label of example {example['example_index']} must lie in [0, {num_classes}), got {label}"
