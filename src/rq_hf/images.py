@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
-from .argument_checks import check_bool, check_finite, check_floating, check_instance, check_size
+from .argument_checks import check_bool, check_floating, check_instance, check_size
 
 WIDEST = 8  # of an image whose centre is kept, in lengths of the shorter side
 
@@ -90,7 +90,6 @@ def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:
     Unlike `diffusers.utils.make_image_grid`, it takes tensors and leaves the rest of an incomplete row white.
     """
     check_floating("images", images, "B", 3, "height", "width")
-    check_finite("images", images)
     check_size("columns", columns)
     batch_size, channels, height, width = images.shape
     rows = math.ceil(batch_size / columns)

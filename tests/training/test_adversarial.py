@@ -98,7 +98,7 @@ class TestDiscriminatorTrainer:
         ("make", "message"),
         [
             (lambda: PatchDiscriminator(norm="group"), r"norm must be one of \['batch', 'act'\], got 'group'"),
-            (lambda: PatchDiscriminator(num_layers=0), "at least 1, got 3, 64 and 0"),
+            (lambda: PatchDiscriminator(num_layers=0), "num_layers must be at least 1, got 0"),
             (lambda: make_trainer(loss="wgan"), r"loss must be one of \['hinge', 'vanilla'\], got 'wgan'"),
         ],
     )

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from transformers import GenerationConfig
 
+from ..argument_checks import is_integer
 from ..models import RQTransformerConfig
-from ..models.argument_checks import is_integer
 from ..untrusted_files import shown
 
 RQVAE, RQTRANSFORMER = "rq-vae", "rq-transformer"

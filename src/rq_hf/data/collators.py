@@ -7,6 +7,7 @@ Examples -> batches: dictionaries of tensors, with the number of examples of eac
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import datasets
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..argument_checks import check_bool, check_instance, check_items, check_size, is_integer
+from ..argument_checks import check_bool, check_instance, check_items, check_size
 from ..images import color_mode, to_pixels, to_rgb
 from ..text import encode_captions
 from .latents import DTYPE, bytes_to_latents
@@ -65,9 +66,10 @@ def label_of(
         if label not in class_names:
             raise ValueError(f"the label of example {index} must be one of {len(class_names)} names, got {label!r}")
         label = class_names.index(label)
-    if not is_integer(label):
-        raise ValueError(f"the label of example {index} must be an integer, got {label!r}")
-    label = int(label)
+    try:
+        label = int(operator.index(label))
+    except TypeError as error:
+        raise ValueError(f"the label of example {index} must be an integer, got {label!r}") from error
     if num_classes is not None and not 0 <= label < num_classes:
         raise ValueError(f"the label of example {index} must lie in [0, {num_classes}), got {label}")
     return label

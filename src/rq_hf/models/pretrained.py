@@ -12,7 +12,7 @@ from ..argument_checks import check_source
 
 
 @contextmanager
-def reading(name: str, source: str | os.PathLike) -> Iterator[None]:
+def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
     """
     For the block that loads a folder or Hub model.
 
@@ -20,9 +20,9 @@ def reading(name: str, source: str | os.PathLike) -> Iterator[None]:
     names the folder or file, for JSON files that hold no JSON object, and for weights that are not safetensors or
     have other shapes than `config.json` says.
     """
-    check_source(name, source)
-    for pattern in ("*.json", "*/*.json"):
-        for file in sorted(Path(source).glob(pattern)):
+    check_source(kind, source)
+    for name in ("model_index.json", "*config.json", "*.index.json", "tokenizer*.json"):
+        for file in (*Path(source).glob(name), *Path(source).glob(f"*/{name}")):
             check_json(file)
     try:
         yield

@@ -231,6 +231,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Does nothing: [`RQTransformerConfig.save_pretrained`] writes what `AutoModel` needs."""
 
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """As in transformers, except that missing and unknown weights are a `ValueError`, unless
         `ignore_mismatched_sizes=True`."""
