@@ -20,8 +20,9 @@ from ..presets import load_preset
 
 # What `transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)` needs without `import rq_hf`.
 LOADER_FILE = "code_rq.py"
-LOADER = "from rq_hf import RQTransformerConfig, RQTransformerModel  # noqa: F401\n"
-AUTO_MAP = {"AutoConfig": "code_rq.RQTransformerConfig", "AutoModel": "code_rq.RQTransformerModel"}
+# The import registers the model as well; an entry of its own would make diffusers ask everyone for the argument.
+LOADER = "from rq_hf import RQTransformerConfig  # noqa: F401\n"
+AUTO_MAP = {"AutoConfig": "code_rq.RQTransformerConfig"}
 
 
 @strict
