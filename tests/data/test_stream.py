@@ -107,19 +107,23 @@ class TestTrainingStream:
         assert {p.numpy().tobytes() for p in pixels} == expected
 
 
-def read_while_workers_are_signalled():
-    """Prints the values of an epoch, before which all workers get the signals that would stop a run."""
-    for batch in itertools.islice(number_stream(numbers(40), num_workers=2), 20):
-        for worker in multiprocessing.active_children():
+def read_while_workers_are_signalled(count):
+    """Prints the values of `count` batches. After the first, all workers get the signals that would stop a run."""
+    batches = iter(number_stream(numbers(40), num_workers=2))
+    for position, batch in enumerate(itertools.islice(batches, count)):
+        for worker in multiprocessing.active_children() if position == 0 else ():
             for number in STOP_SIGNALS:
                 os.kill(worker.pid, number)
         print(*batch["values"])
+    raise SystemExit(3)  # while the stream is in use
 
 
-def test_workers_outlive_signals_to_their_group():
-    outcome = run(read_while_workers_are_signalled)
-    assert outcome.code == 0, outcome.output
-    assert sorted(map(int, outcome.output.split())) == list(range(40))
+@pytest.mark.parametrize("count", [5, 20], ids=["part", "epoch"])
+def test_workers_outlive_signals_to_their_group_but_not_the_process(count):
+    outcome = run(read_while_workers_are_signalled, count)
+    assert outcome.code == 3, outcome.output
+    values = list(map(int, outcome.output.split()))
+    assert len(set(values)) == len(values) == 2 * count
 
 
 def collate_small_numbers(examples):

@@ -1,6 +1,7 @@
 """Endless, seeded, sharded batches of a data set that can be resumed exactly."""
 
 import itertools
+import multiprocessing.util
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -83,14 +84,21 @@ class TrainingStream:
         counts = Counter()  # of the batches since the last one with images
         while True:
             skip = self.batches_in_epoch
-            for batch in self._epoch_batches(skip):
-                self.batches_in_epoch += 1
-                counts.update(batch["counts"])
-                if counts["images"]:
-                    yield batch | {"counts": dict(counts)}
-                    counts.clear()
-                elif counts["skipped_images"] >= self.max_skipped:
-                    raise ValueError(f"none of {counts['skipped_images']} images in a row can be decoded")
+            batches = self._epoch_batches(skip)
+            # A worker takes the signal with which an exiting process stops it for that of a scheduler. The priority is
+            # above that of the queues, through which it is told to stop.
+            close = multiprocessing.util.Finalize(None, batches.close, exitpriority=100)
+            try:
+                for batch in batches:
+                    self.batches_in_epoch += 1
+                    counts.update(batch["counts"])
+                    if counts["images"]:
+                        yield batch | {"counts": dict(counts)}
+                        counts.clear()
+                    elif counts["skipped_images"] >= self.max_skipped:
+                        raise ValueError(f"none of {counts['skipped_images']} images in a row can be decoded")
+            finally:
+                close()
             if skip == 0 and self.batches_in_epoch == 0:
                 raise ValueError(f"the data set has no examples for rank {self.rank} of {self.world_size}")
             self.epoch, self.batches_in_epoch = self.epoch + 1, 0
@@ -114,17 +122,19 @@ class TrainingStream:
             sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=outlive_stop_signals,
             # Without its own generator a loader would advance the global random state, and break an exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
-        return itertools.islice(loader, skip_batches, None)
+        yield from itertools.islice(loader, skip_batches, None)
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """They reach all processes of a run, but the main process needs its workers until it has finished its step."""
+def outlive_stop_signals(worker: int) -> None:
+    """They reach all processes of a run, but the main process needs its workers until it has finished its step. The
+    second SIGTERM ends a worker: it is that of the main process."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class SkipFirst(torch.utils.data.IterableDataset):
