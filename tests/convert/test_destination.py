@@ -132,7 +132,7 @@ def test_existing_folder_stays_the_same_folder(tmp_path):
     convert_original_checkpoint(tmp_path / "church", destination)
     assert destination.stat().st_ino == before
     assert same_state(RQPipeline.from_pretrained(destination).vae, shared_rqvae())
-    names = {"README.md", "lost+found", "model_index.json", "transformer", "vae"}
+    names = {"README.md", "lost+found", "model_index.json", "pipeline.py", "transformer", "vae"}
     assert {path.name for path in destination.iterdir()} == names
     assert {path.name for path in tmp_path.iterdir()} == {"church", "model"}
 
