@@ -22,7 +22,7 @@ RANGES = {
     "lie in (0, 1]": lambda number: 0 < number <= 1,
 }
 LARGEST_SIZE = 2**31 - 1
-SMALLEST_TEMPERATURE = 1e-20
+SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-20, 1e20
 
 
 def is_integer(value) -> bool:
@@ -63,11 +63,11 @@ def check_number(name: str, value: float, requirement: str) -> None:
 
 
 def check_temperature(name: str, value: float) -> None:
-    """Raises `TypeError` unless `value` is a number, `ValueError` unless it is greater than 0 and not so small that
-    dividing by it overflows."""
+    """Raises `TypeError` unless `value` is a number, `ValueError` unless it is greater than 0, and so far from 0 and
+    infinity that float32 can divide by it."""
     check_number(name, value, "be greater than 0")
-    if value < SMALLEST_TEMPERATURE:
-        raise ValueError(f"{name} must be at least {SMALLEST_TEMPERATURE}, got {value}")
+    if not SMALLEST_TEMPERATURE <= value <= LARGEST_TEMPERATURE:
+        raise ValueError(f"{name} must lie in [{SMALLEST_TEMPERATURE}, {LARGEST_TEMPERATURE}], got {value}")
 
 
 def check_bool(name: str, value: bool) -> None:

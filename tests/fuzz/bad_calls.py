@@ -298,7 +298,7 @@ VAE = [
         probe=_forward,
     ),
     *(
-        Target(f"vae(){method}", {"pixels": "tiny_pixels()"}, {"pixels": even_pixels, **more})
+        Target(f"vae(){method}", {"pixels": "tiny_pixels()"}, {"pixels": even_pixels, **more}, {"pixels": "vectors"})
         for method, more in {
             "": {},
             ".encode": {},
@@ -313,7 +313,11 @@ VAE = [
         {"latents": "vectors"},
     ),
     Target("vae().decode", {"quantized": "torch.randn(2, 6, 2, 3)"}, {"quantized": latents}),
-    Target("vae().patchify", {"latents": "torch.randn(2, 6, 2, 3)"}, {"latents": latents}),
+    Target(
+        "vae().patchify",
+        {"latents": "torch.randn(2, 6, 2, 3)"},
+        {"latents": floats(None, C, None, None, finite=False)},
+    ),
     Target("vae().unpatchify", {"vectors": "torch.randn(2, 2, 3, 6)"}, {"vectors": vectors}),
     Target("vae().embed_codes", {"codes": "tiny_codes()"}, {"codes": codes}),
     Target(
@@ -419,7 +423,7 @@ class_ids = tensor(
 )
 text_ids = integers(2, L, below=VOCABULARY)
 prefix = {"prefix_codes": "tiny_codes()", "start": "2"}
-TARGET_TEMPERATURE = "soft_label_temperature"  # the name of the argument of `forward`
+TARGET_TEMPERATURE = "target_temperature"  # the name of the argument of `forward`
 TRANSFORMER = [
     Target(
         "transformer('class')",
@@ -479,7 +483,7 @@ TRANSFORMER = [
     ),
     Target(
         "transformer('none').generate",
-        prefix,
+        prefix | {"num_images": "2"},
         {
             "prefix_codes": codes_of_two,
             "start": integer(1, T),
@@ -586,7 +590,7 @@ image = Kind(
     ),
     is_tensor=True,
 )
-MAX_BATCH = "batch_size"  # the name of the pipeline's argument
+MAX_BATCH = "max_batch_size"  # the name of the pipeline's argument
 output_type = one_of("pil", "np", "pt", "latent")
 image_type = one_of("pil", "np", "pt")
 common = {
@@ -915,7 +919,7 @@ TEXT = [
         "text.encode_captions",
         {"tokenizer": "tokenizer()", "captions": "['red', 'green']", "length": "5"},
         {
-            "captions": restricted(prompts, lambda texts: True),
+            "captions": anything("'red'; ['red', 3]; [None]; 3; b'red'"),
             "length": integer(1, 10**6),
             "tokenizer": anything("None; 'abc'; 3"),
         },
@@ -948,7 +952,7 @@ TEXT = [
     Target(
         "images.to_pixels",
         {"image": "pil()", "resolution": "8"},
-        {"resolution": integer(1, 512), "center_crop": flag, "image": anything("pil('L'); 3; 'cat.png'")},
+        {"resolution": integer(1, 512), "center_crop": flag, "image": anything("pil('CMYK'); 3; 'cat.png'")},
     ),
     Target(
         "images.image_grid",

@@ -136,7 +136,7 @@ def command_line(rng: random.Random, folder: Path) -> FileCase:
 
     def run():
         with command(name, line):
-            parsed = script(name)["parse_arguments"](*classes, description=name)
+            parsed = script(name)["parse_arguments"](*classes, description=name, sections=())
         return getattr(next(p for p in parsed if isinstance(p, argument_class)), option.name)
 
     hint = get_type_hints(argument_class)[option.name]

@@ -479,3 +479,10 @@ def test_labels_of_another_batch_size_are_an_error(monkeypatch, batch_size, max_
     monkeypatch.setattr(fused_cross_entropy, "MAX_LOGITS", max_pairs)
     with pytest.raises(ValueError, match="labels"):
         tiny_transformer()(tiny_codes(2), labels=tiny_codes(batch_size))
+
+
+def test_soft_labels_have_the_temperature_of_the_config():
+    model, codes, residuals = tiny_transformer(soft_label_temperature=0.7), tiny_codes(), torch.randn(2, H, W, D, C)
+    expected = model(codes, residuals=residuals, target_temperature=0.7).loss
+    assert torch.equal(model(codes, residuals=residuals).loss, expected)
+    assert not torch.equal(model(codes, residuals=residuals, target_temperature=0.5).loss, expected)

@@ -12,7 +12,7 @@ def psnr(pixels: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     Both are rounded to 8 bits, as when they are saved. Equal images have 100 dB instead of infinity, so that means
     over images stay finite.
     """
-    check_floating("pixels", pixels, "B", 3, "height", "width")
+    check_floating("pixels", pixels, "B", "channels", "height", "width")
     check_floating("reconstructions", reconstructions, *pixels.shape)
     images, others = ((x.float() * 127.5 + 127.5).clamp(0, 255).round() for x in (pixels, reconstructions))
     squared_error = ((images - others) / 255).square().flatten(1).mean(dim=1)

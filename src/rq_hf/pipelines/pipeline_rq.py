@@ -166,7 +166,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             check_size("max_batch_size", max_batch_size)
         check_prefix(prefix_codes, start, keep_depth, self.transformer.config.code_shape)
         if prefix_codes is not None:
-            self.transformer.check_codes(prefix_codes)
+            self.transformer.check_codes(prefix_codes, "prefix_codes")
         check_callable("callback_on_step_end", callback_on_step_end)
         check_items("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]

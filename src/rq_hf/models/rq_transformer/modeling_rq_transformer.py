@@ -295,7 +295,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         cond_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         residuals: torch.Tensor | None = None,
-        target_temperature: float = 0.5,
+        target_temperature: float | None = None,
         return_logits: bool = True,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -311,7 +311,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             labels (`torch.Tensor` of shape `(B, H, W, D)`, int64): hard labels; usually the codes themselves.
             residuals (`torch.Tensor` of shape `(B, H, W, D, C)`): soft labels instead: the residual that each code
                 approximates, from `vae.quantizer.encode`. The targets are softmax(−‖r − e(k)‖²/τ) (section 3.2.3).
-            target_temperature (`float`): τ > 0.
+            target_temperature (`float`): τ > 0; left out, `config.soft_label_temperature`.
             return_logits (`bool`): without the logits no `(B, H, W, D, K)` tensor is kept, because the loss is
                 computed in chunks; `False` for training.
             output_hidden_states, output_attentions, return_dict (`bool`): as in every model of transformers; left out,
@@ -321,6 +321,8 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             `ValueError`: labels *and* residuals, shapes that do not fit, ids out of range, τ ≤ 0, attention weights of
                 another attention implementation than eager, or hidden states of a packed model.
         """
+        if target_temperature is None:
+            target_temperature = self.config.soft_label_temperature
         self._check_forward(codes, labels, residuals, target_temperature)
         check_bool("return_logits", return_logits)
         recorded = self._outputs_to_record(output_hidden_states, output_attentions)

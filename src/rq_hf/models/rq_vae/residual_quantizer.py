@@ -196,6 +196,7 @@ class ResidualQuantizer(nn.Module):
         self._check_vectors(z)
         if temperature is not None:
             check_temperature("temperature", temperature)
+            temperature = float(temperature)
         if generator is not None:
             check_instance("generator", generator, torch.Generator)
         with torch.autocast(z.device.type, enabled=False):
@@ -251,6 +252,7 @@ class ResidualQuantizer(nn.Module):
         """
         check_temperature("temperature", temperature)
         check_bool("stochastic", stochastic)
+        temperature = float(temperature)
         codes, residuals = self.encode(z, temperature if stochastic else None, generator)
         targets = [soft_targets(residuals[..., d, :], self.codebook_at(d), temperature) for d in range(self.depth)]
         return torch.stack(targets, dim=-2), codes
