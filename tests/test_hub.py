@@ -157,8 +157,3 @@ def check_publishing_needs_a_token(pipe, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="publishing needs a token of the Hub: run `hf auth login`"):
         pipe.push_to_hub("tester/no-token")
-
-
-def check_wrong_id_is_named():
-    with pytest.raises(ValueError, match="'/nope' is neither a folder nor the Hub id of a pipeline"):
-        RQPipeline.from_pretrained("/nope")

@@ -19,7 +19,7 @@ COMMON = [
 ]
 TRANSFORMER = [
     *("--rqvae", SAVED / "rqvae" / "rqvae", "--hidden_size", 8, "--num_attention_heads", 2),
-    *("--spatial_layers", 1, "--depth_layers", 1),
+    *("--spatial_layers", 1, "--depth_layers", 1, "--soft_label_temperature", 0.5),
 ]
 IMAGES = ["--data_files", "DATA", "--random_flip"]
 RUNS = {

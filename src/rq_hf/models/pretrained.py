@@ -21,7 +21,7 @@ def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
     have other shapes than `config.json` says.
     """
     check_source(kind, source)
-    for name in ("model_index.json", "*config.json", "*.index.json", "tokenizer*.json"):
+    for name in ("model_index.json", "config.json", "*.index.json", "tokenizer*.json"):
         for file in (*Path(source).glob(name), *Path(source).glob(f"*/{name}")):
             check_json(file)
     try:

@@ -104,7 +104,9 @@ def check_cond_ids(
     for name, ids in (("cond_ids", cond_ids), ("negative_cond_ids", negative_cond_ids)):
         if ids is None:
             continue
-        check_int64(name, ids, len(cond_ids), config.cond_length)
+        check_int64(name, ids, "P", config.cond_length)
+        if len(ids) != len(cond_ids):
+            raise ValueError(f"{name} must be one per condition ({len(cond_ids)}), got {len(ids)}")
         check_range(name, ids, config.cond_vocab_size)
 
 

@@ -422,8 +422,10 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         check_bool("resize", resize)
         channels = self.vae.config.in_channels
         images = list(image) if isinstance(image, list | tuple) else [image]
-        if len({PIL.Image.Image if isinstance(i, PIL.Image.Image) else type(i) for i in images}) != 1:
-            raise TypeError("image must be images of one kind, got none, or PIL images, arrays and tensors mixed")
+        if not images:
+            raise ValueError("image must be an image or a list of images, got an empty list")
+        if len({PIL.Image.Image if isinstance(i, PIL.Image.Image) else type(i) for i in images}) > 1:
+            raise TypeError(f"image must be images of one kind, got {[type(i).__name__ for i in images]}")
         converted = [to_rgb(i).convert(color_mode(channels)) for i in images if isinstance(i, PIL.Image.Image)]
         if resize and not converted:
             raise TypeError(f"resize=True takes PIL images, got {type(images[0])}")

@@ -5,8 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffusers import ModelMixin
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -83,15 +81,6 @@ class PublishingMixin:
                 create_pr=create_pr,
                 subfolder=subfolder,
             )
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str | os.PathLike:
-        """See [`~diffusers.DiffusionPipeline.download`]. Raises `ValueError` for what cannot be a Hub id."""
-        try:
-            validate_repo_id(pretrained_model_name)
-        except HFValidationError as error:
-            raise ValueError(f"{pretrained_model_name!r} is neither a folder nor the Hub id of a pipeline") from error
-        return super().download(pretrained_model_name, **kwargs)
 
 
 def check_savable(components: dict) -> None:

@@ -507,7 +507,10 @@ def describe_changes(saved: dict | None, configuration: dict) -> str:
     Raises `ValueError` with the names and values of options that would make another run.
     """
     if saved is None:
-        return ", which version 0.1 wrote without the options of its run: they cannot be compared"
+        return (
+            ", which version 0.1 wrote without the options of its run: they cannot be compared. By default, "
+            "--soft_label_temperature was 0.5 then"
+        )
     changed = [name for name in configuration if name in saved and configuration[name] != saved[name]]
     may_change = {*MAY_CHANGE, *(() if configuration.get("streaming") else MAY_CHANGE_UNLESS_STREAMING)}
     refused = [

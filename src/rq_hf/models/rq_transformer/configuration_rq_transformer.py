@@ -139,8 +139,6 @@ class RQTransformerConfig(PreTrainedConfig):
             check_size("code_shape", size)
         for name in ("codebook_size", "codebook_dim", "cond_vocab_size", "cond_length"):
             check_size(name, getattr(self, name))
-        if self.spatial_config.num_hidden_layers == 0:
-            raise ValueError("spatial_config must have at least 1 num_hidden_layers, got 0")
         if self.spatial_config.hidden_size != self.depth_config.hidden_size:
             raise ValueError(
                 "spatial_config and depth_config must have the same hidden_size, got "
