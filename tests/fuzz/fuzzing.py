@@ -71,7 +71,7 @@ class Kind(NamedTuple):
 
 
 def expressions(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(";"))
+    return tuple(part.strip() for part in text.split(";") if part.strip())
 
 
 def scalar(value):
