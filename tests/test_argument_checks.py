@@ -219,7 +219,7 @@ def test_images_in_a_tuple():
 @pytest.mark.parametrize(
     "image, error",
     [
-        ([], TypeError),
+        ([], ValueError),
         (torch.rand(4, 6), ValueError),
         (torch.rand(1, 4, 6), ValueError),
         (torch.rand(0, 3, 4, 6), ValueError),
