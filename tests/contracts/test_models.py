@@ -245,6 +245,16 @@ def test_offloaded_gives_the_same(tmp_path, no_leftovers, contract, offload):
 
 
 @models
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_weights_in_groups_on_disk_cannot_be_saved(tmp_path, contract, offload_type):
+    model = contract.build()
+    in_groups(offload_type)(model, tmp_path / "offload")
+    with pytest.raises(ValueError, match="cannot be saved while its weights are offloaded to disk"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@models
 def test_weights_may_be_stored_in_8_bits(contract):
     model, inputs = contract.build(), contract.inputs(2)
     rounded = copy.deepcopy(model)

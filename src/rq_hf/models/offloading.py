@@ -45,6 +45,15 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
         raise ValueError(f"the {name} cannot be set while it is offloaded; set it before")
 
 
+def check_not_on_disk(model: nn.Module) -> None:
+    """Raises `ValueError` for weights that group offloading keeps on disk: those in memory have no values then."""
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("group_offloading")
+        if hook is not None and hook.config.offload_to_disk_path is not None:
+            raise ValueError(f"{type(model).__name__} cannot be saved while its weights are offloaded to disk")
+
+
 def check_not_group_offloaded(model: nn.Module) -> None:
     """Raises `ValueError` for group offloading, under which weights come and go."""
     if _is_group_offload_enabled(model):

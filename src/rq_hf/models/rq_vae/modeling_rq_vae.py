@@ -33,7 +33,7 @@ from ...argument_checks import (
 )
 from ...untrusted_files import read_state_dict, read_yaml
 from ..codes import check_codes
-from ..offloading import check_not_group_offloaded, onload_weights
+from ..offloading import check_not_group_offloaded, check_not_on_disk, onload_weights
 from ..presets import load_preset
 from ..pretrained import check_loading_info, reading
 from .fused_blocks import fuse_blocks
@@ -352,6 +352,11 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             check_integer("num_positions", num_positions, 0, codes[0, ..., 0].numel())
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors), return_dict=return_dict)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in diffusers. Raises `ValueError` while weights are group-offloaded to disk."""
+        check_not_on_disk(self)
+        super().save_pretrained(*args, **kwargs)
 
     def enable_tiling(self) -> None:
         """Not supported: raises `NotImplementedError`."""
