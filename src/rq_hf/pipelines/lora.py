@@ -128,6 +128,11 @@ class TransformerLoraMixin(LoraBaseMixin):
             **kwargs,
         )
 
+    def get_active_adapters(self) -> list[str]:
+        """Names of the active adapters. Older releases of diffusers look for them in models of their own only."""
+        has_adapters = getattr(self.transformer, "peft_config", None)
+        return self.transformer.active_adapters() if has_adapters else []
+
     def fuse_lora(self, components: list[str] = ("transformer",), **kwargs) -> None:
         """See [`~diffusers.loaders.lora_base.LoraBaseMixin.fuse_lora`]."""
         super().fuse_lora(components, **kwargs)
