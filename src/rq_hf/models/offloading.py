@@ -45,13 +45,23 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
         raise ValueError(f"the {name} cannot be set while it is offloaded; set it before")
 
 
-def check_not_on_disk(model: nn.Module) -> None:
-    """Raises `ValueError` for weights that group offloading keeps on disk: those in memory have no values then."""
-    for module in model.modules():
-        registry = vars(module).get("_diffusers_hook")
-        hook = None if registry is None else registry.get_hook("group_offloading")
-        if hook is not None and hook.config.offload_to_disk_path is not None:
-            raise ValueError(f"{type(model).__name__} cannot be saved while its weights are offloaded to disk")
+def unless_on_disk(save_pretrained):
+    """
+    The method of a library, with its signature, which diffusers looks at.
+
+    Raises `ValueError` for weights that group offloading keeps on disk: those in memory have no values then.
+    """
+
+    @functools.wraps(save_pretrained)
+    def wrapper(self, *args, **kwargs):
+        for module in self.modules():
+            registry = vars(module).get("_diffusers_hook")
+            hook = None if registry is None else registry.get_hook("group_offloading")
+            if hook is not None and hook.config.offload_to_disk_path is not None:
+                raise ValueError(f"{type(self).__name__} cannot be saved while its weights are offloaded to disk")
+        return save_pretrained(self, *args, **kwargs)
+
+    return wrapper
 
 
 def check_not_group_offloaded(model: nn.Module) -> None:

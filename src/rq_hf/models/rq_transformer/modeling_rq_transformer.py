@@ -31,7 +31,7 @@ from ...argument_checks import (
     check_temperature,
 )
 from ..codes import embed_codes
-from ..offloading import check_not_offloaded, check_not_on_disk
+from ..offloading import check_not_offloaded, unless_on_disk
 from ..pretrained import check_loading_info, reading
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
@@ -245,10 +245,7 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
             check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers. Raises `ValueError` while weights are group-offloaded to disk."""
-        check_not_on_disk(self)
-        super().save_pretrained(*args, **kwargs)
+    save_pretrained = unless_on_disk(PreTrainedModel.save_pretrained)
 
     @property
     def num_positions(self) -> int:

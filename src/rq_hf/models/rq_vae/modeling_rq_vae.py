@@ -33,7 +33,7 @@ from ...argument_checks import (
 )
 from ...untrusted_files import read_state_dict, read_yaml
 from ..codes import check_codes
-from ..offloading import check_not_group_offloaded, check_not_on_disk, onload_weights
+from ..offloading import check_not_group_offloaded, onload_weights, unless_on_disk
 from ..presets import load_preset
 from ..pretrained import check_loading_info, reading
 from .fused_blocks import fuse_blocks
@@ -353,10 +353,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors), return_dict=return_dict)
 
-    def save_pretrained(self, *args, **kwargs) -> None:
-        """As in diffusers. Raises `ValueError` while weights are group-offloaded to disk."""
-        check_not_on_disk(self)
-        super().save_pretrained(*args, **kwargs)
+    save_pretrained = unless_on_disk(ModelMixin.save_pretrained)
 
     def enable_tiling(self) -> None:
         """Not supported: raises `NotImplementedError`."""
