@@ -2,9 +2,16 @@
 
 import functools
 
+from diffusers.hooks import ModelHook
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+
+
+def group_offload_hook(module: nn.Module) -> ModelHook | None:
+    """The hook with which diffusers offloads a group of weights that `module` leads, if any."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook("group_offloading")
 
 
 def onload_weights(method):
@@ -18,8 +25,7 @@ def onload_weights(method):
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
-        registry = getattr(self, "_diffusers_hook", None)
-        hook = None if registry is None else registry.get_hook("group_offloading")
+        hook = group_offload_hook(self)
         if hook is None or getattr(hook, "in_method", False):
             return method(self, *args, **kwargs)
         if hook.config.stream is not None:
@@ -40,8 +46,7 @@ def onload_weights(method):
 
 def check_not_offloaded(module: nn.Module, name: str) -> None:
     """Raises `ValueError` where the tensor `name` of the module is offloaded, so that a change of it would be lost."""
-    registry = vars(module).get("_diffusers_hook")
-    if getattr(module, name).is_meta or (registry is not None and "group_offloading" in registry.hooks):
+    if getattr(module, name).is_meta or group_offload_hook(module) is not None:
         raise ValueError(f"the {name} cannot be set while it is offloaded; set it before")
 
 
@@ -55,8 +60,7 @@ def unless_on_disk(save_pretrained):
     @functools.wraps(save_pretrained)
     def wrapper(self, *args, **kwargs):
         for module in self.modules():
-            registry = vars(module).get("_diffusers_hook")
-            hook = None if registry is None else registry.get_hook("group_offloading")
+            hook = group_offload_hook(module)
             if hook is not None and hook.config.offload_to_disk_path is not None:
                 raise ValueError(f"{type(self).__name__} cannot be saved while its weights are offloaded to disk")
         return save_pretrained(self, *args, **kwargs)

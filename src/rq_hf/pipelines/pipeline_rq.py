@@ -21,7 +21,6 @@ from ..argument_checks import (
     check_bool,
     check_callable,
     check_choice,
-    check_dense,
     check_floating,
     check_instance,
     check_items,
@@ -285,9 +284,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         conditions = conditions.repeat(per_condition)
         num_samples = conditions.count
         check_generator(generator, num_samples)
-        if prefix_codes is not None:
-            check_dense("prefix_codes", prefix_codes)
-        if prefix_codes is not None and prefix_codes.shape[:1] != (num_samples,):
+        if prefix_codes is not None and len(prefix_codes) != num_samples:
             raise ValueError(
                 f"prefix_codes must be one map per sampled image ({num_samples}), got {tuple(prefix_codes.shape)}"
             )

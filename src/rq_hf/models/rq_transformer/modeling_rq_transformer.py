@@ -147,7 +147,6 @@ class RQPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _input_embed_layer = "cond_embedding"
     _no_split_modules = ["RQBlock"]
-    _group_offload_block_modules = ["spatial_stack", "depth_stack"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
