@@ -17,7 +17,7 @@ import yaml
 
 from rq_hf import RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config, rqvae_config
-from rq_hf.convert.weights import rqtransformer_names, rqtransformer_shape, rqvae_names, rqvae_shape
+from rq_hf.convert.weights import rqtransformer_parts, rqvae_parts
 
 RQVAE = """
 arch:
@@ -57,13 +57,13 @@ print(f"{time.perf_counter() - start:.0f} s, peak {memory('VmHWM'):.2f} GB")
 """
 
 
-def random_weights(model: torch.nn.Module, names_of, shape_of) -> dict[str, torch.Tensor]:
+def random_weights(model: torch.nn.Module, parts_of) -> dict[str, torch.Tensor]:
     """Random weights for a model on the meta device, with the authors' names and shapes."""
     state_dict = {}
     for name, weight in model.state_dict().items():
         if name != "codebook":
-            for theirs in names_of(name, model):
-                state_dict[theirs] = torch.randn(shape_of(name, weight.shape, model)) * 0.02
+            for theirs, shape in parts_of(name, weight.shape, model).items():
+                state_dict[theirs] = torch.randn(shape) * 0.02
     for name in [name for name in state_dict if "codebooks.0" in name]:
         state_dict.update({name.replace("codebooks.0", f"codebooks.{d}"): state_dict[name] for d in (1, 2, 3)})
     return state_dict
@@ -76,8 +76,8 @@ def main() -> None:
             vae = RQVAEModel(**rqvae_config(Section(yaml.safe_load(RQVAE))))
             transformer = RQTransformerModel(rqtransformer_config(Section(yaml.safe_load(RQTRANSFORMER)), True))
         for stage, config, state_dict in (
-            ("stage1", RQVAE, random_weights(vae, rqvae_names, rqvae_shape)),
-            ("stage2", RQTRANSFORMER, random_weights(transformer, rqtransformer_names, rqtransformer_shape)),
+            ("stage1", RQVAE, random_weights(vae, rqvae_parts)),
+            ("stage2", RQTRANSFORMER, random_weights(transformer, rqtransformer_parts)),
         ):
             (source / stage).mkdir(parents=True)
             (source / stage / "config.yaml").write_text(config)

@@ -9,7 +9,7 @@ import re
 import reprlib
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,8 +54,11 @@ def check_contents_are_there(path: str | Path, label: str) -> None:
         raise ValueError(f"{label} is a web page, such as a log-in or error page; download the file itself")
 
 
-def read_torch_file(path: str | Path, label: str):
+def read_torch_file(path: str | Path, label: str, classes: Sequence[type] = ()):
     """The contents of a file of `torch.save`, with its tensors memory-mapped. No code in the file is executed.
+
+    Besides tensors and plain values it may hold objects of `classes`, which are created and filled by PyTorch, so
+    that only classes whose creation is harmless may be named.
 
     The file is read through once, to compare its checksums. Raises `ValueError`, which calls the file `label`, for
     anything that PyTorch would not map as it was saved: damaged or compressed entries, another byte order, files of
@@ -70,7 +73,8 @@ def read_torch_file(path: str | Path, label: str):
             )
     try:
         check_zip_entries(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name:

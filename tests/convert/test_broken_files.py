@@ -261,13 +261,13 @@ def test_bad_options_are_named_with_their_file(tmp_path):
 def test_largest_sizes_are_refused_by_the_weights(tmp_path):
     sizes = {"arch.hparams.n_embed": 10**6, "arch.ddconfig.ch": 999_968, "arch.ddconfig.z_channels": 10**6}
     rqvae = write_rqvae(tmp_path / "large", options=sizes)
-    assert_refused(tmp_path, "the weights do not fit the config.yaml", rqvae=rqvae)
+    assert_refused(tmp_path, "the weights do not fit the configuration", rqvae=rqvae)
     options = dict.fromkeys(
         ("embed_dim", "input_embed_dim", "vocab_size", "vocab_size_cond", "block_size_cond"), 10**6
     )
     options |= {"block_size": [10**6, 10**6, 3], "shared_cls_emb": False}
     rqtransformer = write_rqtransformer(tmp_path, options={f"arch.{name}": options[name] for name in options})
-    match = "stage2/model.pt: the weights do not fit the config.yaml"
+    match = "stage2/model.pt: the weights do not fit the configuration"
     assert_refused(tmp_path, match, rqvae=write_rqvae(tmp_path), rqtransformer=rqtransformer)
 
 

@@ -41,14 +41,19 @@ class Checkpoint:
         """
         contents = read_torch_file(self.weights, self.label)
         key = "state_dict_ema" if ema else "state_dict"
-        if not isinstance(contents, dict) or key not in contents:
-            found = shown_first(contents, 10) if isinstance(contents, dict) else type(contents).__name__
-            raise ValueError(f"{self.label} has no {key}; it has {found or 'nothing'}")
-        state_dict = contents[key]
-        if not isinstance(state_dict, dict):
-            raise ValueError(f"{self.label}: {key} must be a dictionary of tensors, got {type(state_dict).__name__}")
+        state_dict = named_state_dict(contents, key, self.label)
         self.unused += [shown(name) for name in contents if name != key]
         return state_dict
+
+
+def named_state_dict(contents, key: str, label: str) -> dict[str, torch.Tensor]:
+    """`contents[key]`. Raises `ValueError` unless the contents of the file `label` hold a dictionary of that name."""
+    if not isinstance(contents, dict) or key not in contents:
+        found = shown_first(contents, 10) if isinstance(contents, dict) else type(contents).__name__
+        raise ValueError(f"{label} has no {key}; it has {found or 'nothing'}")
+    if not isinstance(contents[key], dict):
+        raise ValueError(f"{label}: {key} must be a dictionary of tensors, got {type(contents[key]).__name__}")
+    return contents[key]
 
 
 def single_checkpoint(weights: str | Path, stage: str) -> Checkpoint:

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Container
 
 import torch
+from diffusers import AutoencoderKL
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..untrusted_files import shown, shown_first
 
 Parts = tuple[torch.Tensor, ...]  # to be concatenated along the first dimension
+Shapes = dict[str, tuple[int, ...]]  # of the parts, by the authors' names
 
 RQVAE_NAMES = {
     "mid_block.attentions.0": "mid.attn_1",
@@ -65,7 +67,7 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
     for theirs in CODEBOOK_NAMES.values() if model.quantizer.shared_codebook else ():
         for d in range(1, model.quantizer.depth):
             duplicates[f"quantizer.codebooks.{d}.{theirs}"] = f"quantizer.codebooks.0.{theirs}"
-    weights = take_weights(original, model, rqvae_names, rqvae_shape, to_ours, ignored=duplicates)
+    weights = take_weights(original, model, rqvae_parts, to_ours, ignored=duplicates)
     for copy, first in duplicates.items():
         if copy in original and not torch.equal(original[copy], original[first]):
             raise ValueError(f"{copy} differs from {first}, although shared_codebook is true")
@@ -74,25 +76,20 @@ def rqvae_weights(original: dict[str, torch.Tensor], model: RQVAEModel) -> dict[
     return weights
 
 
-def rqvae_names(name: str, model: RQVAEModel) -> list[str]:
-    """The authors' names of the parts of our weight `name`."""
+def rqvae_parts(name: str, shape: torch.Size, model: RQVAEModel | AutoencoderKL) -> Shapes:
+    """The authors' names and shapes of the parts of our weight `name`, which has this `shape`."""
+    if name == "quantizer.codebook":
+        shape = (shape[0], shape[1] + 1, shape[2])
     if name.startswith("quantizer."):
         theirs = CODEBOOK_NAMES[name.removeprefix("quantizer.")]
-        return [f"quantizer.codebooks.{m}.{theirs}" for m in range(len(model.quantizer.codebook))]
+        return {f"quantizer.codebooks.{m}.{theirs}": shape[1:] for m in range(shape[0])}
+    if ".attentions." in name and len(shape) == 2:
+        shape = (*shape, 1, 1)
     coarsest = len(model.config.block_out_channels) - 1
     name = re.sub(r"down_blocks\.(\d+)", r"down.\1", name)
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{coarsest - int(match[1])}", name)
     name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
-    return [rename(name, RQVAE_NAMES)]
-
-
-def rqvae_shape(name: str, shape: torch.Size, model: RQVAEModel) -> tuple[int, ...]:
-    """The authors' shape of each part of our weight `name`, which has this `shape`."""
-    if name == "quantizer.codebook":
-        return (shape[1] + 1, shape[2])
-    if name.startswith("quantizer."):
-        return shape[1:]
-    return (*shape, 1, 1) if ".attentions." in name and len(shape) == 2 else shape
+    return {rename(name, RQVAE_NAMES): shape}
 
 
 def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransformerModel) -> dict[str, Parts]:
@@ -107,29 +104,22 @@ def rqtransformer_weights(original: dict[str, torch.Tensor], model: RQTransforme
 
     # With one code per position their models have this layer, but do not use it.
     ignored = ("head_mlp.weight", "head_mlp.bias") if model.config.code_shape[-1] == 1 else ()
-    return take_weights(
-        original, model, rqtransformer_names, rqtransformer_shape, to_ours, ignored, excluded="codebook"
-    )
+    return take_weights(original, model, rqtransformer_parts, to_ours, ignored, excluded="codebook")
 
 
-def rqtransformer_names(name: str, model: RQTransformerModel) -> list[str]:
-    """The authors' names of the parts of our weight `name`."""
+def rqtransformer_parts(name: str, shape: torch.Size, model: RQTransformerModel) -> Shapes:
+    """The authors' names and shapes of the parts of our weight `name`, which has this `shape`."""
+    names = [name]
     if "qkv_proj" in name:
         names = [name.replace("self_attn.qkv_proj", f"attn.{part}") for part in ("query", "key", "value")]
-    else:
-        names = [name]
-    return [rename(name, RQTRANSFORMER_NAMES) for name in names]
-
-
-def rqtransformer_shape(name: str, shape: torch.Size, model: RQTransformerModel) -> tuple[int, ...]:
-    """The authors' shape of each part of our weight `name`, which has this `shape`."""
-    if "qkv_proj" in name:
-        return (shape[0] // 3, *shape[1:])
-    if name.endswith("position_embedding"):
-        return (1, *shape)
-    if name in ("classifier.weight", "classifier.bias") and model.config.shared_classifier:
-        return shape[1:]
-    return (shape[0], shape[2], shape[1]) if name == "classifier.weight" else shape
+        shape = (shape[0] // 3, *shape[1:])
+    elif name.endswith("position_embedding"):
+        shape = (1, *shape)
+    elif name in ("classifier.weight", "classifier.bias") and model.config.shared_classifier:
+        shape = shape[1:]
+    elif name == "classifier.weight":
+        shape = (shape[0], shape[2], shape[1])
+    return {rename(name, RQTRANSFORMER_NAMES): shape for name in names}
 
 
 def rename(name: str, table: dict[str, str]) -> str:
@@ -139,9 +129,8 @@ def rename(name: str, table: dict[str, str]) -> str:
 def take_weights(
     original: dict[str, torch.Tensor],
     model: torch.nn.Module,
-    names_of: Callable[[str, torch.nn.Module], list[str]],
-    shape_of: Callable[[str, torch.Size, torch.nn.Module], tuple[int, ...]],
-    to_ours: Callable[[str, torch.Tensor, torch.Size], torch.Tensor],
+    parts_of: Callable[[str, torch.Size, torch.nn.Module], Shapes],
+    to_ours: Callable[[str, torch.Tensor, torch.Size], torch.Tensor] = lambda name, weight, shape: weight,
     ignored: Container[str] = (),
     excluded: str | None = None,
 ) -> dict[str, Parts]:
@@ -155,15 +144,15 @@ def take_weights(
     for name, ours in model.state_dict().items():
         if name == excluded:
             continue
-        names, expected = names_of(name, model), tuple(shape_of(name, ours.shape, model))
-        used.update(names)
-        absent = [theirs for theirs in names if theirs not in original]
-        wrong = [theirs for theirs in names if theirs not in absent and original[theirs].shape != expected]
+        shapes = parts_of(name, ours.shape, model)
+        used.update(shapes)
+        absent = [theirs for theirs in shapes if theirs not in original]
+        wrong = [t for t, expected in shapes.items() if t not in absent and original[t].shape != tuple(expected)]
         missing += absent
-        misshapen += [f"{theirs}: {tuple(original[theirs].shape)} instead of {expected}" for theirs in wrong]
+        misshapen += [f"{t}: {tuple(original[t].shape)} instead of {tuple(shapes[t])}" for t in wrong]
         if not absent and not wrong:
-            part_shape = (ours.shape[0] // len(names), *ours.shape[1:])
-            weights[name] = tuple(to_ours(name, original[theirs], ours.shape).reshape(part_shape) for theirs in names)
+            part_shape = (-1, *ours.shape[1:])
+            weights[name] = tuple(to_ours(name, original[theirs], ours.shape).reshape(part_shape) for theirs in shapes)
 
     complaints = {
         "missing": missing,
@@ -172,7 +161,7 @@ def take_weights(
     }
     complaints = [f"{len(names)} {kind} ({shown_first(names, 3)})" for kind, names in complaints.items() if names]
     if complaints:
-        raise ValueError(f"the weights do not fit the config.yaml: {'; '.join(complaints)}")
+        raise ValueError(f"the weights do not fit the configuration: {'; '.join(complaints)}")
     check_values({name: original[name] for name in used})
     return weights
 
