@@ -6,6 +6,10 @@ from ._registration import register
 from .convert import convert_original_checkpoint
 from .models import (
     PRESETS,
+    MARHeadConfig,
+    MARStackConfig,
+    MARTransformerConfig,
+    MARTransformerModel,
     ResidualQuantizer,
     RQStackConfig,
     RQTransformerConfig,
@@ -23,6 +27,10 @@ EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
 
 __all__ = [
     "EMOJI_MODEL",
+    "MARHeadConfig",
+    "MARStackConfig",
+    "MARTransformerConfig",
+    "MARTransformerModel",
     "PRESETS",
     "RQPipeline",
     "RQPipelineOutput",

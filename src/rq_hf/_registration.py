@@ -10,7 +10,16 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from transformers import AutoConfig, AutoModel
 
 from .convert import single_file_config, single_file_weights
-from .models import RQStackConfig, RQTransformerConfig, RQTransformerModel, RQVAEModel
+from .models import (
+    MARHeadConfig,
+    MARStackConfig,
+    MARTransformerConfig,
+    MARTransformerModel,
+    RQStackConfig,
+    RQTransformerConfig,
+    RQTransformerModel,
+    RQVAEModel,
+)
 from .pipelines import RQPipeline
 
 AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
@@ -40,7 +49,8 @@ def register_auto_pipeline(module) -> None:
 
 def register() -> None:
     # `model_index.json` then names components by ["rq_hf", "RQVAEModel"], never by the file they live in.
-    methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in (RQVAEModel, RQTransformerModel)}
+    models = (RQVAEModel, RQTransformerModel, MARTransformerModel)
+    methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in models}
     LOADABLE_CLASSES["rq_hf"] = methods
     ALL_IMPORTABLE_CLASSES.update(methods)
     # Where `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` look classes up.
@@ -50,9 +60,10 @@ def register() -> None:
         "config_mapping_fn": single_file_config,
         "checkpoint_mapping_fn": single_file_weights,
     }
-    AutoConfig.register(RQStackConfig.model_type, RQStackConfig)
-    AutoConfig.register(RQTransformerConfig.model_type, RQTransformerConfig)
+    for config in (RQStackConfig, RQTransformerConfig, MARStackConfig, MARHeadConfig, MARTransformerConfig):
+        AutoConfig.register(config.model_type, config)
     AutoModel.register(RQTransformerConfig, RQTransformerModel)
+    AutoModel.register(MARTransformerConfig, MARTransformerModel)
     if AUTO_PIPELINES in sys.modules:
         register_auto_pipeline(sys.modules[AUTO_PIPELINES])
     elif not any(isinstance(finder, AutoPipelineFinder) for finder in sys.meta_path):

@@ -30,7 +30,7 @@ from ..images import color_mode, to_pixels, to_rgb
 from ..model_cards import model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..models.pretrained import reading
-from ..models.rq_transformer.code_sampling import Generators, check_generator
+from ..models.random_numbers import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth, check_prefix
 from .conditions import (
     ClassLabels,

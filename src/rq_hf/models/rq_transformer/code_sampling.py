@@ -1,4 +1,4 @@
-"""Sampling codes from logits: temperature, top-k, top-p, and the random numbers.
+"""Sampling codes from logits: temperature, top-k and top-p.
 
 Shapes: `B` images, `D` quantization depth, `K` codebook size, `R` proposals for a code.
 """
@@ -10,40 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...argument_checks import is_integer
-
 # Below this p most proposals would fall outside the nucleus, so the nucleus is found by sorting instead.
 MIN_ACCEPTANCE = 0.5
-
-Generators = torch.Generator | Sequence[torch.Generator | int] | None
-
-
-def check_generator(generator: Generators, batch_size: int) -> None:
-    """Raises `TypeError`/`ValueError` unless this is one generator, or one generator or seed per image."""
-    if generator is None or isinstance(generator, torch.Generator):
-        return
-    if not isinstance(generator, list | tuple) or not all(
-        isinstance(g, torch.Generator) or is_integer(g) for g in generator
-    ):
-        raise TypeError(f"generator must be a torch.Generator, or a list of them or of seeds, got {generator!r}")
-    if not all(0 <= g < 2**32 for g in generator if is_integer(g)):  # torch drops the higher bits on a CPU
-        raise ValueError(f"seeds in generator must lie in [0, 2**32), got {generator}")
-    if len(generator) != batch_size:
-        raise ValueError(f"expected one generator per image ({batch_size}), got {len(generator)}")
-    objects = [g for g in generator if isinstance(g, torch.Generator)]
-    if len({id(g) for g in objects}) < len(objects):
-        raise ValueError("each image needs its own generator, but one was passed twice")
-
-
-def uniform_numbers(generator: Generators, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Float64 numbers in [0, 1) of shape `(B, ...)`; with one generator per image, each image uses its own."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if isinstance(generator, Sequence):
-        generators = [torch.Generator().manual_seed(int(g)) if is_integer(g) else g for g in generator]
-        rows = [torch.rand(shape[1:], generator=g, device=g.device, dtype=dtype).to(device) for g in generators]
-        return torch.stack(rows)
-    where = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=where, dtype=dtype).to(device)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Configuration of the RQ-Transformer: one sub-configuration per stack."""
 
 import os
-from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -17,12 +16,7 @@ from ...argument_checks import (
     check_size,
 )
 from ..presets import load_preset
-
-# What `transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)` needs without `import rq_hf`.
-LOADER_FILE = "code_rq.py"
-# The import registers the model as well; an entry of its own would make diffusers ask everyone for the argument.
-LOADER = "from rq_hf import RQTransformerConfig  # noqa: F401\n"
-AUTO_MAP = {"AutoConfig": "code_rq.RQTransformerConfig"}
+from ..remote_code import write_loader
 
 
 @strict
@@ -159,9 +153,7 @@ class RQTransformerConfig(PreTrainedConfig):
         """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which
         `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without `import rq_hf`; everyone else needs
         neither the file nor the argument."""
-        self.auto_map = AUTO_MAP
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        Path(save_directory, LOADER_FILE).write_text(LOADER, encoding="utf-8")
+        self.auto_map = write_loader(type(self), save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod

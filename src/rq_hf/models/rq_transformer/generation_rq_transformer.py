@@ -14,7 +14,8 @@ from transformers import GenerationConfig, GenerationMixin
 from ...argument_checks import check_callable, check_shape
 from ..codes import embed_codes
 from ..offloading import onload_weights
-from .code_sampling import CodeSampler, Generators, check_generator, uniform_numbers
+from ..random_numbers import Generators, check_generator, uniform_numbers
+from .code_sampling import CodeSampler
 from .generation_settings import (
     GenerationSettings,
     PerDepth,
@@ -119,7 +120,7 @@ class RQGenerationMixin(GenerationMixin):
 
         scales = [None] * self.num_positions
         if settings.is_guided:
-            cond_ids = torch.cat([cond_ids, self._prepare_negative_cond_ids(negative_cond_ids, cond_ids)])
+            cond_ids = torch.cat([cond_ids, self.prepare_negative_cond_ids(negative_cond_ids, cond_ids)])
             scales = settings.guidance_over_positions(self.num_positions, guidance_schedule, self.device)
         sampler = settings.code_sampler(self.device)
         uniform = [None] * self.num_positions
@@ -242,12 +243,6 @@ class RQGenerationMixin(GenerationMixin):
             codes[:, :start] = given[:, :start]
             codes[:, start:, :keep_depth] = given[:, start:, :keep_depth]
         return codes
-
-    def _prepare_negative_cond_ids(self, negative_cond_ids, cond_ids) -> torch.Tensor:
-        """The condition that guidance steers away from, `(B, L)`."""
-        if negative_cond_ids is None:
-            return torch.full_like(cond_ids, self.config.null_cond_id)
-        return self.prepare_cond_ids(negative_cond_ids, len(cond_ids), "negative_cond_ids").to(self.device)
 
     def _cache_dtype(self) -> torch.dtype:
         device = self.device.type

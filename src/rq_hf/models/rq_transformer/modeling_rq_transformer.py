@@ -21,18 +21,16 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ...argument_checks import (
     check_bool,
-    check_dense,
     check_finite,
     check_floating,
     check_instance,
     check_int64,
     check_range,
-    check_size,
     check_temperature,
 )
 from ..codes import embed_codes
-from ..offloading import check_not_offloaded, unless_on_disk
-from ..pretrained import check_loading_info, reading
+from ..conditional_model import ConditionalModelMixin
+from ..offloading import check_not_offloaded
 from .acceleration import RQAccelerationMixin
 from .classifier import RQClassifier
 from .configuration_rq_transformer import RQStackConfig, RQTransformerConfig
@@ -190,7 +188,7 @@ class RQStack(RQPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self(hidden_states))
 
 
-class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedModel):
+class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, ConditionalModelMixin, RQPreTrainedModel):
     r"""
     Models p(codes | condition) = Π_t Π_d p(S_td | S_<t, S_t,<d, condition), raster order over the positions,
     coarse to fine at each of them.
@@ -226,26 +224,6 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         self.classifier = RQClassifier(config)
         self.post_init()
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing: [`RQTransformerConfig.save_pretrained`] writes what `AutoModel` needs."""
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """As in transformers, except that missing and unknown weights are a `ValueError`, unless
-        `ignore_mismatched_sizes=True`."""
-        if pretrained_model_name_or_path is None:  # the weights are in `state_dict`
-            return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
-        with reading("an RQ-Transformer", pretrained_model_name_or_path):
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_loading_info(pretrained_model_name_or_path, info)
-        return (model, info) if output_loading_info else model
-
-    save_pretrained = unless_on_disk(PreTrainedModel.save_pretrained)
-
     @property
     def num_positions(self) -> int:
         """T = H·W."""
@@ -274,20 +252,9 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         self.cond_classifier = new_embeddings
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As in transformers: V condition ids become `new_num_tokens`, and the config says so.
-
-        Raises `ValueError` where this would drop the null condition, and for a packed model; `TypeError` unless
-        `new_num_tokens` is an integer.
-        """
+        """See [`ConditionalModelMixin.resize_token_embeddings`]. Raises `ValueError` for a packed model."""
         if self.is_packed:
             raise ValueError("cannot resize the embeddings of a packed model; reload it")
-        if new_num_tokens is not None:
-            check_size("new_num_tokens", new_num_tokens)
-            null_cond_id = self.config.null_cond_id
-            if null_cond_id is not None and new_num_tokens <= null_cond_id:
-                raise ValueError(
-                    f"new_num_tokens must be greater than config.null_cond_id, {null_cond_id}, got {new_num_tokens}"
-                )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def forward(
@@ -407,25 +374,6 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, RQPreTrainedMod
         """Under FSDP the parameters may be in bf16 while the codebook stays in float32; layerwise casting stores, but
         does not compute in, the dtype of the projection. The position embeddings have the dtype of the arithmetic."""
         return projection(codewords.to(self.depth_position_embedding.dtype))
-
-    def prepare_cond_ids(self, cond_ids: torch.Tensor | None, batch_size: int, name: str = "cond_ids") -> torch.Tensor:
-        """Checks condition ids `(B, L)` (or `(B,)` when L = 1) and returns them as `(B, L)`.
-
-        Raises `ValueError` when they are missing, of another shape, or out of range.
-        """
-        vocab_size, length = self.config.cond_vocab_size, self.config.cond_length
-        if cond_ids is None:
-            if vocab_size > 1:
-                raise ValueError(
-                    f"this model is conditional: cond_ids of shape (B, {length}) in [0, {vocab_size}) needed"
-                )
-            return torch.zeros(batch_size, length, dtype=torch.long, device=self.device)
-        check_dense(name, cond_ids)
-        if length == 1 and cond_ids.ndim == 1:
-            cond_ids = cond_ids[:, None]
-        check_int64(name, cond_ids, batch_size, length)
-        check_range(name, cond_ids, vocab_size)
-        return cond_ids
 
     def check_codes(self, codes: torch.Tensor, name: str = "codes") -> None:
         """Raises `ValueError`/`TypeError` unless `codes` is an int64 `(B, H, W, D)` map of this model."""

@@ -95,6 +95,8 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         quantizer_dropout (`float`): share of training images that are decoded from a random number of their first
             codes; one model then serves every depth.
         sample_size (`int`): height and width of the images the model was made for.
+        scaling_factor (`float`): what continuous latents are multiplied with before a MAR model sees them: 1 / their
+            standard deviation. Codes do not depend on it.
 
     Raises:
         `ValueError` or `TypeError`: block types and widths of different number, patches that do not divide a
@@ -131,6 +133,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         restart_unused_codes: bool = True,
         quantizer_dropout: float = 0.0,
         sample_size: int = 256,
+        scaling_factor: float = 1.0,
     ):
         super().__init__()
         self.register_to_config(**{name: as_plain(value) for name, value in self.config.items() if name[0] != "_"})
@@ -155,6 +158,7 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
         for side in code_patch_size:
             check_size("code_patch_size", side)
         check_size("sample_size", sample_size)
+        check_number("scaling_factor", scaling_factor, "be greater than 0")
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
             raise ValueError(
                 "down_block_types, up_block_types and block_out_channels need one entry per level, got "
