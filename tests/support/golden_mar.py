@@ -69,8 +69,6 @@ def converted_transformer(case, ema=True):
         patch_size=options["patch_size"],
         layer_norm_eps=options["norm_eps"],
     )
-    for stack in (transformer.config.encoder_config, transformer.config.decoder_config):
-        stack.attention_dropout, stack.hidden_dropout = options["attn_dropout"], options["proj_dropout"]
     transformer.config.mask_ratio_min = options["mask_ratio_min"]
     transformer.config.diffusion_batch_mul = options["diffusion_batch_mul"]
     return transformer

@@ -6,12 +6,13 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from processes import run_script
 from scripts import CLASSES, EXAMPLES, RQVAE, TEXT
 from tiny import tiny_vae
 from torch import nn
 
-from rq_hf.data import ImageCollator, LatentCollator
+from rq_hf.data import ImageCollator, LatentCollator, write_description
 from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
@@ -131,10 +132,13 @@ class TestLatentsOption:
         with pytest.raises(ValueError, match=f"--{option} applies to images"):
             TransformerArguments("vae", latents="latents").load_dataset(vae, TrainingDataArguments(**{option: value}))
 
-    def test_collates_latents(self, vae):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_collates_latents(self, vae, tmp_path, dtype):
+        write_description(tmp_path, vae, dtype)
         data = TrainingDataArguments(random_flip=False)
-        collate = TransformerArguments("vae", latents="latents").create_collator(vae, data, label_column="label")
-        assert isinstance(collate, LatentCollator) and collate.label_column == "label"
+        collate = TransformerArguments("vae", latents=tmp_path).create_collator(vae, data, label_column="label")
+        assert isinstance(collate, LatentCollator)
+        assert (collate.dtype, collate.label_column) == (dtype, "label")
 
     def test_left_out_collates_images_of_the_size_of_the_rqvae(self, vae):
         data = TrainingDataArguments(image_column="img", random_flip=True, center_crop=False)

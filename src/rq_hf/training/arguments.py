@@ -23,9 +23,10 @@ from ..data import (
     LatentCollator,
     TrainingStream,
     first_batches,
-    latents_shape,
     load_image_dataset,
     load_latents,
+    stored_dtype,
+    stored_shape,
 )
 from ..data.loading import BUILDERS
 from ..models import RQTransformerModel, RQVAEModel
@@ -442,7 +443,7 @@ class TransformerArguments:
         """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
         of the classes."""
         if self.latents is not None:
-            return LatentCollator(latents_shape(vae), **conditions)
+            return LatentCollator(stored_shape(vae), dtype=stored_dtype(self.latents), **conditions)
         return data.create_collator(
             vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
         )
