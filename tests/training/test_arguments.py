@@ -14,6 +14,8 @@ from torch import nn
 
 from rq_hf.data import ImageCollator, LatentCollator, write_description
 from rq_hf.training import (
+    AutoencoderArguments,
+    LossArguments,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
@@ -164,7 +166,8 @@ class TestPresets:
     def test_has_options_of_the_scripts_only(self, path):
         preset, rqvae, text = json.loads(path.read_text()), runpy.run_path(RQVAE), runpy.run_path(TEXT)
         scripts = {
-            "rqvae": (RunArguments, rqvae["RQVAEArguments"], rqvae["LossArguments"]),
+            "autoencoder": (RunArguments, AutoencoderArguments, LossArguments),
+            "rqvae": (rqvae["RQVAEArguments"],),
             "transformer": (RunArguments, TransformerArguments),
             "text": (text["TextArguments"],),
         }
