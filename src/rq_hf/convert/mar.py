@@ -143,7 +143,7 @@ def convert_transformer(
         raise ValueError(f"{path}: args must be an argparse.Namespace, got {type(options).__name__}")
     with error_context(str(path)):
         check_kinds(weights)
-        config = mar_config(weights, options=vars(options), **arguments)
+        config = mar_config(weights, vars(options), **arguments)
         with torch.device("meta"):
             transformer = MARTransformerModel(config)
         parts = take_weights(weights, transformer, mar_parts)
