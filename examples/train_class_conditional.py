@@ -36,37 +36,6 @@ from rq_hf.training import (
 )
 
 
-@dataclass
-class ClassArguments:
-    _argument_group_name = "classes"
-
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the classes, numbers or names (default: no condition)."}
-    )
-    num_classes: int | None = field(
-        default=None, metadata={"help": "Number of classes (default: those that the data set declares or names)."}
-    )
-    num_samples: int = field(
-        default=16, metadata={"help": "Number of images to generate, every --image_logging_steps steps."}
-    )
-
-    def __post_init__(self):
-        check_numbers(self, "be at least 1", "num_classes", "num_samples")
-
-
-def find_classes(args: ClassArguments, dataset) -> tuple[int, list[str] | None]:
-    """Number of classes, 0 without labels, and their names, if they have names. Raises `ValueError` for labels whose
-    classes are unknown."""
-    if args.label_column is None:
-        return 0, None
-    names = find_class_names(dataset, args.label_column)
-    if args.num_classes is not None:
-        return args.num_classes, names
-    if names is None:
-        raise ValueError(f"the data set does not declare the classes of {args.label_column!r}: pass --num_classes")
-    return len(names), names
-
-
 def main() -> None:
     run, data, args, validation, classes = parse_arguments(
         RunArguments,

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from rq_hf import MARHeadConfig, MARTransformerConfig, MARTransformerModel, convert_mar_checkpoint
+from rq_hf.convert.mar_weights import mar_parts
 from rq_hf.convert.weights import rqvae_parts
 
 FOLDER = golden.FOLDER / "mar"
@@ -143,3 +144,19 @@ def meta_transformer(case):
     preset.head_config = MARHeadConfig(hidden_size=options["diffloss_w"], num_hidden_layers=options["diffloss_d"])
     with torch.device("meta"):
         return MARTransformerModel(preset)
+
+
+def by_original_names(model, tensors):
+    """Weights, or what belongs to them, by the authors' names and with their shapes."""
+    original = {}
+    for name, tensor in tensors.items():
+        shapes = mar_parts(name, model.get_parameter(name).shape, model)
+        parts = tensor.split([shape[0] for shape in shapes.values()]) if len(shapes) > 1 else [tensor]
+        original |= {part: rows.reshape(shape) for (part, shape), rows in zip(shapes.items(), parts)}
+    return original
+
+
+def decayed_names(case):
+    """The weights to which the recorded optimizer applies weight decay, by the authors' names."""
+    groups = json.loads((FOLDER / "mar" / case / "weight_decay.json").read_text())
+    return set(groups["decay"])

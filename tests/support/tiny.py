@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,6 +42,19 @@ def tiny_vae(**overrides):
     vae = RQVAEModel(**config | overrides).eval()
     vae.quantizer.codebook.data *= 0.3  # about the size of the features, so that images differ in their codes
     return vae
+
+
+def tiny_kl(**overrides):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "latent_channels": 5,
+        "sample_size": 8,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKL(**config | overrides).eval()
 
 
 def tiny_config(kind="none", **overrides):
