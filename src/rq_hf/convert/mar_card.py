@@ -27,7 +27,7 @@ FIGURES = """\
 ## Figures
 
 This model has the sizes of {name}. Of their checkpoint of {name}, the authors
-[report](https://github.com/LTH14/mar#evaluation-imagenet-256x256), on ImageNet 256×256 and 50,000 samples:
+[report](https://github.com/LTH14/mar), on ImageNet 256×256 and 50,000 samples:
 
 | FID | inception score |
 |---|---|
