@@ -19,26 +19,20 @@ Text goes through any tokenizer (--tokenizer), or through one trained on the cap
 --text_length tokens are truncated on the right; their number is logged.
 """
 
-import itertools
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
 
-from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
-
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import caption_of
-from rq_hf.files import atomic_folder
-from rq_hf.text import load_tokenizer, train_tokenizer, with_bpe_dropout
+from rq_hf.text import with_bpe_dropout
 from rq_hf.training import (
-    Checkpoints,
     RunArguments,
+    TextArguments,
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
-    check_numbers,
     flat_configuration,
     parse_arguments,
+    prepare_tokenizer,
     save_pipeline,
     train_pipeline,
 )
@@ -86,6 +80,7 @@ def main() -> None:
         args.create_loss(accelerator, vae, model, dataset, collate),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
         held_out=held_out,
+        units_per_image={"codes": math.prod(model.config.code_shape)},
         configuration=configuration,
         **run.training_options(),
     )

@@ -16,7 +16,7 @@ from .models import (
     RQTransformerModel,
     RQVAEModel,
 )
-from .pipelines import RQPipeline, RQPipelineOutput
+from .pipelines import MARPipeline, MARPipelineOutput, RQPipeline, RQPipelineOutput
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,8 @@ EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
 __all__ = [
     "EMOJI_MODEL",
     "MARHeadConfig",
+    "MARPipeline",
+    "MARPipelineOutput",
     "MARStackConfig",
     "MARTransformerConfig",
     "MARTransformerModel",

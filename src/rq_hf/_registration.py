@@ -20,13 +20,13 @@ from .models import (
     RQTransformerModel,
     RQVAEModel,
 )
-from .pipelines import RQPipeline
+from .pipelines import MARPipeline, RQPipeline
 
 AUTO_PIPELINES = "diffusers.pipelines.auto_pipeline"
 
 
 class AutoPipelineFinder(importlib.abc.MetaPathFinder):
-    """Registers with `AutoPipelineForText2Image` once somebody imports its module, which imports all of diffusers."""
+    """Registers with the auto pipelines once somebody imports its module, which imports all of diffusers."""
 
     def find_spec(self, name, path, target=None):
         if name != AUTO_PIPELINES:
@@ -37,14 +37,20 @@ class AutoPipelineFinder(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
-            register_auto_pipeline(module)
+            register_auto_pipelines(module)
 
         spec.loader.exec_module = execute_and_register
         return spec
 
 
-def register_auto_pipeline(module) -> None:
+def register_auto_pipelines(module) -> None:
     module.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["rq"] = RQPipeline
+    for mapping in (
+        module.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        module.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        module.AUTO_INPAINT_PIPELINES_MAPPING,
+    ):
+        mapping["mar"] = MARPipeline
 
 
 def register() -> None:
@@ -55,6 +61,7 @@ def register() -> None:
     ALL_IMPORTABLE_CLASSES.update(methods)
     # Where `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` look classes up.
     diffusers.RQPipeline = RQPipeline
+    diffusers.MARPipeline = MARPipeline
     diffusers.RQVAEModel = RQVAEModel
     SINGLE_FILE_LOADABLE_CLASSES["RQVAEModel"] = {
         "config_mapping_fn": single_file_config,
@@ -65,6 +72,6 @@ def register() -> None:
     AutoModel.register(RQTransformerConfig, RQTransformerModel)
     AutoModel.register(MARTransformerConfig, MARTransformerModel)
     if AUTO_PIPELINES in sys.modules:
-        register_auto_pipeline(sys.modules[AUTO_PIPELINES])
+        register_auto_pipelines(sys.modules[AUTO_PIPELINES])
     elif not any(isinstance(finder, AutoPipelineFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, AutoPipelineFinder())

@@ -27,11 +27,11 @@ CARD_FILE = "README.md"
 logger = logging.get_logger(__name__)
 
 
-def pipeline_usage(call: str, model: str = "...") -> str:
-    """Python code that loads the pipeline `model`, a Python expression, and runs `call`."""
+def pipeline_usage(call: str, model: str = "...", pipeline: str = "RQPipeline") -> str:
+    """Python code that loads the pipeline `model`, a Python expression, by its class, and runs `call`."""
     return f"""import rq_hf  # diffusers and transformers then find its classes, too
 
-pipe = rq_hf.RQPipeline.from_pretrained({model})
+pipe = rq_hf.{pipeline}.from_pretrained({model})
 {call}"""
 
 

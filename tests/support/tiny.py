@@ -6,7 +6,15 @@ from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
+from rq_hf import (
+    MARPipeline,
+    MARTransformerConfig,
+    MARTransformerModel,
+    RQPipeline,
+    RQTransformerConfig,
+    RQTransformerModel,
+    RQVAEModel,
+)
 from rq_hf.text import train_tokenizer
 
 H, W, D, K, C, L, E = 2, 3, 4, 12, 6, 5, 16
@@ -22,6 +30,9 @@ CONDITIONS = {
 KINDS = list(CONDITIONS)
 CALLS = {"none": {}, "class": {"class_labels": [0, 2]}, "text": {"prompt": ["red apple", "fire engine"]}}
 HEIGHT, WIDTH = H * F, W * F
+# Size of what a MAR samples whose head predicts little noise: 1 / √ᾱ at the last timestep.
+MAR_SCALE = 2e4
+MAR_CALL = {"num_iterations": 2, "num_inference_steps": 3}
 kinds = pytest.mark.parametrize("kind", KINDS)
 CAPTIONS = ["red apple", "green apple", "fire engine", "red fire", "green engine"]
 
@@ -83,6 +94,53 @@ def tiny_pipeline(kind="none", **overrides):
     pipe = RQPipeline(vae, transformer, tiny_tokenizer() if kind == "text" else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_kl(**overrides):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": C,
+        "sample_size": 8,
+        "scaling_factor": MAR_SCALE,
+    }
+    return AutoencoderKL(**config | overrides).eval()
+
+
+def tiny_mar_config(kind="none", **overrides):
+    stack = {"num_attention_heads": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    config = {
+        "latent_shape": (C, H, W),
+        "cond_repeats": 3 if kind == "class" else 1,
+        "encoder_config": stack | {"hidden_size": E, "num_hidden_layers": 2},
+        "decoder_config": stack | {"hidden_size": E + 4, "num_hidden_layers": 2},
+        "head_config": {"hidden_size": 14, "num_hidden_layers": 1, "frequency_embedding_size": 8},
+        "initializer_range": 0.3,
+    }
+    return MARTransformerConfig(**config | CONDITIONS[kind] | overrides)
+
+
+def tiny_mar(kind="none", **overrides):
+    """A model whose samples depend on everything; a new head predicts 0."""
+    model = MARTransformerModel(tiny_mar_config(kind, **overrides)).eval()
+    head = model.head
+    for linear in (*(layer.modulation for layer in head.layers), head.output_modulation, head.output_projection):
+        torch.nn.init.normal_(linear.weight, std=0.1)
+    return model
+
+
+def tiny_mar_pipeline(kind="none", vae=tiny_kl, **overrides):
+    vae = vae(scaling_factor=MAR_SCALE)
+    pipe = MARPipeline(vae, tiny_mar(kind, **overrides), tokenizer=tiny_tokenizer() if kind == "text" else None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_latents(batch_size=2, shape=(C, H, W)):
+    return MAR_SCALE * torch.randn(batch_size, *shape)
 
 
 def tiny_codes(batch_size=2, shape=(H, W, D)):

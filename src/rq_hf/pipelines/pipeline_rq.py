@@ -17,16 +17,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
-from ..argument_checks import (
-    check_bool,
-    check_callable,
-    check_choice,
-    check_floating,
-    check_instance,
-    check_items,
-    check_size,
-)
-from ..images import color_mode, to_pixels, to_rgb
+from ..argument_checks import check_choice, check_instance, check_size
 from ..model_cards import model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..models.pretrained import reading
@@ -42,12 +33,20 @@ from .conditions import (
     is_class_conditional,
     is_text_conditional,
 )
+from .image_inputs import prepare_image
 from .lora import TransformerLoraMixin
 from .publishing import PublishingMixin
 from .rejection_sampling import Scorer, check_candidates, score_images, select_best
-
-IMAGE_TYPES = ("pil", "np", "pt")
-OUTPUT_TYPES = (*IMAGE_TYPES, "latent")
+from .sampling import (
+    IMAGE_TYPES,
+    OUTPUT_TYPES,
+    Interrupted,
+    batches,
+    check_callback,
+    finite_pixels,
+    returned_tensor,
+    take,
+)
 
 
 @dataclass
@@ -61,10 +60,6 @@ class RQPipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     codes: torch.Tensor
-
-
-class Interrupted(Exception):
-    """Ends `generate` from within its callback."""
 
 
 class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
@@ -166,13 +161,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         check_prefix(prefix_codes, start, keep_depth, self.transformer.config.code_shape)
         if prefix_codes is not None:
             self.transformer.check_codes(prefix_codes, "prefix_codes")
-        check_callable("callback_on_step_end", callback_on_step_end)
-        check_items("callback_on_step_end_tensor_inputs", callback_on_step_end_tensor_inputs)
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {unknown}"
-            )
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Prompts -> condition ids `(B, L)`, padded on the right. Without the transformer, L is the
@@ -291,9 +280,9 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
 
         # 3. Sample codes batch by batch, and score their images
         max_batch_size = num_samples if max_batch_size is None else int(max_batch_size)
-        batches = [slice(i, min(i + max_batch_size, num_samples)) for i in range(0, num_samples, max_batch_size)]
+        parts = batches(num_samples, max_batch_size)
         num_steps = self.transformer.num_positions - start
-        self._num_timesteps = num_steps * len(batches)
+        self._num_timesteps = num_steps * len(parts)
         scales = (guidance_scale, self.transformer.generation_config.guidance_scale, 1.0)
         self._guidance_scale = scale = next(value for value in scales if value is not None)
         self._interrupt = False
@@ -305,7 +294,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         scores = torch.full([num_samples], -torch.inf)
         try:
             with self.progress_bar(total=self.num_timesteps) as progress_bar:
-                for i, rows in enumerate(batches):
+                for i, rows in enumerate(parts):
                     if self.interrupt:
                         break
 
@@ -317,7 +306,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
                         outputs = callback_on_step_end(self, first_step + position, position, tensors)
                         if self.guidance_scale is not scale:
                             raise ValueError("guidance cannot change while sampling; see guidance_schedule")
-                        returned = returned_codes(outputs)
+                        returned = returned_tensor(outputs, "codes")
                         if self.interrupt:
                             codes[rows] = new_codes if returned is None else returned
                             num_sampled[rows] = position + 1
@@ -416,23 +405,8 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             `TypeError`: integer pixels, a mixture of PIL images and arrays or tensors, or `resize` without PIL images.
         """
         self._require("vae")
-        check_bool("resize", resize)
-        channels = self.vae.config.in_channels
-        images = list(image) if isinstance(image, list | tuple) else [image]
-        if not images:
-            raise ValueError("image must be an image or a list of images, got an empty list")
-        if len({PIL.Image.Image if isinstance(i, PIL.Image.Image) else type(i) for i in images}) > 1:
-            raise TypeError(f"image must be images of one kind, got {[type(i).__name__ for i in images]}")
-        converted = [to_rgb(i).convert(color_mode(channels)) for i in images if isinstance(i, PIL.Image.Image)]
-        if resize and not converted:
-            raise TypeError(f"resize=True takes PIL images, got {type(images[0])}")
-        if resize:
-            pixels = torch.stack([to_pixels(i, self.vae.config.sample_size) for i in converted])
-        elif converted:
-            check_sizes({i.size for i in converted}, self.vae.pixels_per_code)
-            pixels = self.image_processor.preprocess(converted)
-        else:
-            pixels = self.image_processor.preprocess(torch.cat([to_unit_pixels(i, channels) for i in images]))
+        config = self.vae.config
+        pixels = prepare_image(image, resize, config.in_channels, config.sample_size, self.vae.pixels_per_code)
         return self.vae.get_codes(pixels.to(self._execution_device, self.vae.dtype))
 
     @torch.no_grad()
@@ -452,10 +426,7 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
 
     def _decode(self, codes: torch.Tensor, depth: int | None = None, num_positions: int | None = None) -> torch.Tensor:
         """Codes `(B, H, W, D)` -> pixels `(B, 3, height, width)`; `ValueError` where they are NaN or infinite."""
-        sample = self.vae.decode_codes(codes, depth, num_positions).sample.float()
-        if not sample.isfinite().all():
-            raise ValueError("the vae gave pixels that are NaN or infinite; in float16, try bfloat16 or float32")
-        return sample
+        return finite_pixels(self.vae.decode_codes(codes, depth, num_positions).sample)
 
     def reconstruct(
         self, image: PipelineImageInput, depth: int | None = None, output_type: str = "pil", resize: bool = False
@@ -476,52 +447,6 @@ def pipeline_card(transformer: RQTransformerModel, call: str, model: str = "..."
         pipeline_tag="text-to-image" if is_text_conditional(transformer.config) else "unconditional-image-generation",
         tags=["rq-transformer"],
     )
-
-
-def to_unit_pixels(image: np.ndarray | torch.Tensor, channels: int) -> torch.Tensor:
-    """
-    Arrays `(height, width, 3)` or tensors `(3, height, width)` in [0, 1], with or without a batch dimension ->
-    `(B, 3, height, width)`.
-
-    Raises `TypeError` unless they are floating point, and `ValueError` for another shape or range.
-    """
-    if not isinstance(image, np.ndarray | torch.Tensor):
-        raise TypeError(f"image must be a PIL image, array or tensor, or a list of them, got {image!r:.80}")
-    pixels = image
-    if isinstance(image, np.ndarray):
-        if image.dtype.kind != "f":
-            raise TypeError(f"image must be floating point in [0, 1], got {image.dtype}")
-        if image.ndim < 3 or image.shape[-1] != channels:
-            raise ValueError(f"image must have the shape (B, height, width, {channels}), got {image.shape}")
-        pixels = torch.from_numpy(image.astype(np.float32)).movedim(-1, -3)
-    pixels = pixels[None] if pixels.ndim == 3 else pixels
-    check_floating("image", pixels, "B", channels, "height", "width")
-    lowest, highest = (float(value) for value in pixels.aminmax())
-    if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
-        raise ValueError(f"image must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")
-    return pixels
-
-
-def check_sizes(sizes: set[tuple[int, int]], pixels_per_code: tuple[int, int]) -> None:
-    """Raises `ValueError` unless there is one (width, height), divisible by (rows, columns) of pixels per code."""
-    rows, columns = pixels_per_code
-    if len(sizes) > 1:
-        raise ValueError(
-            f"images of one batch must have the same size, got {sorted(sizes)}; resize=True gives them one"
-        )
-    (size,) = sizes
-    if size[0] % columns or size[1] % rows:
-        raise ValueError(
-            f"width and height must be divisible by {columns} and {rows}, got {size}; resize=True makes images of any "
-            "size fit"
-        )
-
-
-def returned_codes(outputs: dict | None) -> torch.Tensor | None:
-    """The codes in what `callback_on_step_end` returned, if any."""
-    if outputs is not None and not (isinstance(outputs, dict) and outputs.keys() <= {"codes"}):
-        raise TypeError(f"callback_on_step_end must return None or a dictionary with 'codes', got {outputs!r:.80}")
-    return None if outputs is None else outputs.get("codes")
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
@@ -545,8 +470,3 @@ def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:
             "vae and transformer have different codebooks; if the transformer models the codes of this vae, call "
             "transformer.set_codebook(vae.quantizer.codebook)"
         )
-
-
-def take(values, rows: slice):
-    """Rows of a tensor or list; `None` for `None`."""
-    return None if values is None else values[rows]

@@ -2,6 +2,7 @@ from .adversarial import DiscriminatorTrainer, PatchDiscriminator
 from .arguments import (
     AutoencoderArguments,
     DatasetArguments,
+    LatentsArguments,
     LossArguments,
     RunArguments,
     TrainingDataArguments,
@@ -19,22 +20,28 @@ from .autoencoder_kl import (
     set_scaling_factor,
 )
 from .checkpoints import Checkpoints, save_finished
+from .conditions import ClassArguments, TextArguments, find_classes, prepare_tokenizer, set_class_names
 from .ema import EMA
 from .launch import check_launch
 from .loop import LossOutput, TrainingHook, create_accelerator, create_optimizer, create_scheduler, train
+from .mar import MARLoss, create_mar_transformer, load_mar_transformer
+from .pipelines import save_pipeline, train_pipeline
 from .reconstruction import check_unsharded, first_pixels
-from .rq_transformer import (
-    RQTransformerLoss,
-    create_transformer,
-    load_transformer,
-    save_pipeline,
-    train_pipeline,
-)
+from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
 from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, rqvae_card
 from .soft_labels import choose_soft_label_temperature, effective_codewords
 from .trackers import JSONLinesTracker, log_images
 
 __all__ = [
+    "load_mar_transformer",
+    "create_mar_transformer",
+    "MARLoss",
+    "set_class_names",
+    "prepare_tokenizer",
+    "find_classes",
+    "TextArguments",
+    "ClassArguments",
+    "LatentsArguments",
     "AutoencoderArguments",
     "AutoencoderKLForTraining",
     "AutoencoderKLLoss",

@@ -31,6 +31,7 @@ from ..data import (
 from ..data.loading import BUILDERS
 from ..metrics import LPIPS
 from ..models import RQTransformerModel, RQVAEModel
+from ..models.continuous_latents import Autoencoder
 from .adversarial import DiscriminatorTrainer, PatchDiscriminator
 from .checkpoints import Checkpoints, create_repository, failing_together
 from .loop import create_accelerator, create_optimizer, create_scheduler
@@ -484,18 +485,69 @@ class LossArguments:
         )
 
 
-@dataclass
-class TransformerArguments:
+@dataclass(kw_only=True)
+class LatentsArguments:
+    latents: str | None = field(
+        default=None,
+        metadata={"help": "Instead of images: a folder of their latents, written by extract_latents.py."},
+    )
+
+    def load_dataset(
+        self, vae: Autoencoder, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The latents or, without them, the images of `data`. Raises `ValueError` for latents with options that only
+        images have, and like [`load_latents`] and [`load_image_dataset`]."""
+        if self.latents is None:
+            return data.load(required_columns)
+        for option in fields(data):
+            applies_to_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
+            if applies_to_images and getattr(data, option.name) != option.default:
+                raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
+        return load_latents(self.latents, vae, data.streaming, required_columns)
+
+    def load_validation(
+        self,
+        validation: ValidationArguments,
+        vae: Autoencoder,
+        data: TrainingDataArguments,
+        batch_size: int,
+        **conditions,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Batches of the validation images or latents, none without such options; `conditions` as in
+        [`create_collator`]. Raises `ValueError` like [`load_dataset`] and [`ValidationArguments.select_from`]."""
+        if not validation.is_given:
+            return []
+        if self.latents is None:
+            source, data = self, validation.select_from(data)
+        elif validation.validation_files:
+            source = replace(self, latents=validation.validation_files)
+        else:
+            raise ValueError("--validation_split applies to images: with --latents, pass --validation_files FOLDER")
+        columns = (conditions.get("text_column"), conditions.get("label_column"))
+        dataset = source.load_dataset(vae, data, tuple(filter(None, columns)))
+        collate = source.create_collator(vae, data, **conditions)
+        return list(first_batches(dataset, collate, validation.validation_images, batch_size))
+
+    def create_collator(
+        self, vae: Autoencoder, data: TrainingDataArguments, **conditions
+    ) -> ImageCollator | LatentCollator:
+        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
+        of the classes."""
+        if self.latents is not None:
+            return LatentCollator(stored_shape(vae), dtype=stored_dtype(self.latents), **conditions)
+        return data.create_collator(
+            vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
+        )
+
+
+@dataclass(kw_only=True)
+class TransformerArguments(LatentsArguments):
     _argument_group_name = "transformer"
 
     rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
     transformer: str | None = field(
         default=None,
         metadata={"help": "Trained transformer to continue from: a folder or a Hub id (default: a new one)."},
-    )
-    latents: str | None = field(
-        default=None,
-        metadata={"help": "Instead of images: a folder of their latents, written by extract_latents.py."},
     )
     hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
     spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
@@ -538,53 +590,6 @@ class TransformerArguments:
         check_numbers(self, "be at least 0", "depth_layers")
         check_numbers(self, "be greater than 0", "soft_label_temperature")
         check_numbers(self, "lie in [0, 1)", "hidden_dropout", "cond_dropout")
-
-    def load_dataset(
-        self, vae: RQVAEModel, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
-    ) -> datasets.Dataset | datasets.IterableDataset:
-        """The latents or, without them, the images of `data`. Raises `ValueError` for latents with options that only
-        images have, and like [`load_latents`] and [`load_image_dataset`]."""
-        if self.latents is None:
-            return data.load(required_columns)
-        for option in fields(data):
-            applies_to_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
-            if applies_to_images and getattr(data, option.name) != option.default:
-                raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
-        return load_latents(self.latents, vae, data.streaming, required_columns)
-
-    def load_validation(
-        self,
-        validation: ValidationArguments,
-        vae: RQVAEModel,
-        data: TrainingDataArguments,
-        batch_size: int,
-        **conditions,
-    ) -> list[dict[str, torch.Tensor]]:
-        """Batches of the validation images or latents, none without such options; `conditions` as in
-        [`create_collator`]. Raises `ValueError` like [`load_dataset`] and [`ValidationArguments.select_from`]."""
-        if not validation.is_given:
-            return []
-        if self.latents is None:
-            source, data = self, validation.select_from(data)
-        elif validation.validation_files:
-            source = replace(self, latents=validation.validation_files)
-        else:
-            raise ValueError("--validation_split applies to images: with --latents, pass --validation_files FOLDER")
-        columns = (conditions.get("text_column"), conditions.get("label_column"))
-        dataset = source.load_dataset(vae, data, tuple(filter(None, columns)))
-        collate = source.create_collator(vae, data, **conditions)
-        return list(first_batches(dataset, collate, validation.validation_images, batch_size))
-
-    def create_collator(
-        self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
-    ) -> ImageCollator | LatentCollator:
-        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
-        of the classes."""
-        if self.latents is not None:
-            return LatentCollator(stored_shape(vae), dtype=stored_dtype(self.latents), **conditions)
-        return data.create_collator(
-            vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
-        )
 
     def create_model(self, vae: RQVAEModel, **conditions) -> RQTransformerModel:
         """A new or a trained transformer; `conditions` are `cond_vocab_size`, `cond_length` and `null_cond_id`."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import caption_of, find_class_names
 from ..files import atomic_folder
@@ -95,3 +95,10 @@ def find_classes(args: ClassArguments, dataset) -> tuple[int, list[str] | None]:
     if names is None:
         raise ValueError(f"the data set does not declare the classes of {args.label_column!r}: pass --num_classes")
     return len(names), names
+
+
+def set_class_names(model: PreTrainedModel, num_classes: int, names: list[str] | None) -> None:
+    """Keeps the names of the first classes in the model's configuration, if they have names."""
+    if names is not None:
+        model.config.id2label = dict(enumerate(names[:num_classes]))
+        model.config.label2id = {name: label for label, name in model.config.id2label.items()}

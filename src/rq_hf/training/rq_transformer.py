@@ -1,29 +1,16 @@
 """Stage 2: the RQ-Transformer on the codes of an RQ-VAE (Lee et al., CVPR 2022, section 3.2), on images or latents."""
 
 import contextlib
-import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..argument_checks import LARGEST_SIZE, check_bool, check_integer, check_number, check_temperature
-from ..data import TrainingStream
-from ..images import captioned_grid
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
-from ..pipelines import RQPipeline
-from ..pipelines.pipeline_rq import pipeline_card
-from .checkpoints import save_finished
-from .loop import LossOutput, TrainingHook, train
+from .loop import LossOutput
+from .pipelines import drop_conditions
 from .soft_labels import effective_codewords
-from .trackers import log_images
 
 
 def create_transformer(

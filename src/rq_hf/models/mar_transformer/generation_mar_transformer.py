@@ -85,7 +85,7 @@ class MARGenerationMixin:
         steps = num_steps_of(num_inference_steps, num_iterations)
         check_scheduler(scheduler, temperature)
         check_number("temperature", temperature, "be at least 0")
-        self._check_guidance(guidance_scale, guidance_schedule, negative_cond_ids)
+        self.check_guidance(guidance_scale, guidance_schedule, negative_cond_ids)
         check_generator(generator, batch_size)
         check_callable("on_iteration", on_iteration)
         if guidance_scale != 1:
@@ -166,7 +166,10 @@ class MARGenerationMixin:
             raise ValueError("known_latents must be finite, got NaN or infinite values")
         return mask.cpu()
 
-    def _check_guidance(self, guidance_scale, guidance_schedule, negative_cond_ids) -> None:
+    def check_guidance(
+        self, guidance_scale: float, guidance_schedule: str, negative_cond_ids: torch.Tensor | None
+    ) -> None:
+        """Raises `ValueError`/`TypeError` for guidance that this model cannot give, see [`generate`]."""
         check_number("guidance_scale", guidance_scale, "be at least 0")
         check_choice("guidance_schedule", guidance_schedule, GUIDANCE_SCHEDULES)
         if guidance_scale == 1 and negative_cond_ids is not None:
