@@ -128,3 +128,22 @@ def test_saved_transformers_are_those_in_memory(case, tmp_path):
     saved = golden_mar.converted_transformer(case, destination=tmp_path / "model")
     assert same_state(saved, golden_mar.converted_transformer(case))
     assert same_state(MARTransformerModel.from_pretrained(tmp_path / "model"), saved)
+
+
+@golden_mar.cases("mar", accept=lambda case: golden_mar.config("mar", case)["vae"] is not None)
+def test_pipelines_decode_recorded_samples(case, tmp_path):
+    io, options = golden_mar.recorded(case), golden_mar.config("mar", case)
+    pipe = convert_mar_checkpoint(
+        golden_mar.weights(case),
+        vae=golden_mar.autoencoder_weights(options["vae"], tmp_path),
+        heads=(options["encoder_num_heads"], options["decoder_num_heads"]),
+    )
+    assert pipe.transformer.config.patch_size == options["patch_size"]  # by the channels of the autoencoder
+    assert pipe.vae.config.sample_size == options["img_size"]
+    runs = {name.removesuffix("/images") for name in io if name.endswith("/images")}
+    assert runs
+    for run in runs:
+        images = pipe.decode_latents(io[f"{run}/latents"], output_type="pt")
+        close(images, (io[f"{run}/images"] / 2 + 0.5).clamp(0, 1))
+        difference = (images * 255).round().permute(0, 2, 3, 1) - io[f"{run}/uint8"]
+        assert difference.abs().max() <= 1

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import ModelCard
 from original_checkpoints import listing, run_main
 from original_mar import (
@@ -19,7 +19,7 @@ from original_mar import (
 )
 from tiny import same_state
 
-from rq_hf import MARTransformerConfig, MARTransformerModel, convert_mar_checkpoint
+from rq_hf import MARPipeline, MARTransformerConfig, MARTransformerModel, convert_mar_checkpoint
 from rq_hf.convert.mar_card import mar_card
 
 SIZES = {"heads": HEADS, "patch_size": 1}
@@ -249,6 +249,40 @@ def test_one_file_makes_one_model(tmp_path):
     assert saved.config.scaling_factor == 0.5
 
 
+def test_both_files_make_a_pipeline(tmp_path):
+    path, vae = write_transformer(tmp_path), write_autoencoder(tmp_path)
+    folder = tmp_path / "model"
+    saved = convert_mar_checkpoint(path, folder, vae=vae, heads=HEADS)  # the patch size is 1, by the channels
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "scheduler/scheduler_config.json",
+        "transformer/code_rq.py",
+        "transformer/config.json",
+        "transformer/generation_config.json",
+        "transformer/model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    sampling = {"class_labels": [1, 4], "num_iterations": 2, "num_inference_steps": 2, "temperature": 0.0}
+    expected = None
+    for pipe in (
+        saved,
+        DiffusionPipeline.from_pretrained(folder),
+        convert_mar_checkpoint(path, vae=vae, heads=HEADS),
+    ):
+        assert type(pipe) is MARPipeline
+        assert same_state(pipe.transformer, saved.transformer) and same_state(pipe.vae, saved.vae)
+        assert (pipe.vae.config.scaling_factor, pipe.vae.config.sample_size) == (0.2325, 8)
+        pipe.set_progress_bar_config(disable=True)
+        latents = pipe(**sampling, output_type="latent", generator=[1, 2]).latents
+        expected = latents if expected is None else expected
+        assert torch.equal(latents, expected)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and "rq_hf.MARPipeline.from_pretrained" in card.text
+
+
 def test_large_transformers_are_sharded(tmp_path, monkeypatch):
     monkeypatch.setattr("rq_hf.convert.conversion.MAX_SHARD_SIZE", 10_000)
     path = write_transformer(tmp_path)
@@ -294,6 +328,18 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, path, tmp_path / "current", "--heads", *HEADS, "--no-ema")
     current = MARTransformerModel.from_pretrained(tmp_path / "current")
     assert same_state(current, convert_mar_checkpoint(path, heads=HEADS, ema=False))
+
+
+def test_command_line_with_both_files(tmp_path, monkeypatch, capsys):
+    path, vae = write_transformer(tmp_path), write_autoencoder(tmp_path)
+    run_main(monkeypatch, path, tmp_path / "model", "--vae", vae, "--heads", *HEADS)
+    pipe = MARPipeline.from_pretrained(tmp_path / "model")
+    assert same_state(pipe.transformer, convert_mar_checkpoint(path, **SIZES))
+    assert same_state(pipe.vae, convert_mar_checkpoint(vae=vae))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"read     {vae}", f"read     {path}"]
+    size = sum(weight.numel() for weight in pipe.vae.parameters())
+    assert f"made     KL autoencoder: {size:,} parameters; 4 channels, 1/2 of height and width" in lines[2]
 
 
 def test_command_line_with_an_autoencoder_alone(tmp_path, monkeypatch):

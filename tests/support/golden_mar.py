@@ -76,16 +76,21 @@ def converted_transformer(case, ema=True, destination=None):
     return transformer
 
 
+def autoencoder_weights(case, folder):
+    """The checkpoint of an autoencoder; one of recipe weights is written to `folder`."""
+    path = FOLDER / "vae" / case / "kl.ckpt"
+    if path.exists():
+        return path
+    path = Path(folder, "kl.ckpt")
+    torch.save({"model": recipe_weights(MANIFEST["vae"][case]["prefix"], autoencoder_shapes(case))}, path)
+    return path
+
+
 @functools.cache
 def converted_vae(case):
     """The autoencoder of a case, in evaluation mode."""
-    path = FOLDER / "vae" / case / "kl.ckpt"
-    if path.exists():
-        return convert_mar_checkpoint(vae=path)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kl.ckpt")
-        torch.save({"model": recipe_weights(MANIFEST["vae"][case]["prefix"], autoencoder_shapes(case))}, path)
-        return convert_mar_checkpoint(vae=path)
+        return convert_mar_checkpoint(vae=autoencoder_weights(case, folder))
 
 
 def autoencoder_shapes(case):
