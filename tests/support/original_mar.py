@@ -31,7 +31,7 @@ AUTOENCODER = {
 
 
 def random_weights(shapes):
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
 
 
 def original_transformer(**changes):
