@@ -26,9 +26,9 @@ from rq_hf.data import (
     ImageCollator,
     LatentCollator,
     TrainingStream,
-    latents_shape,
     load_image_dataset,
     load_latents,
+    stored_shape,
 )
 from rq_hf.training import RQTransformerLoss, create_transformer
 
@@ -80,7 +80,7 @@ def main() -> None:
         images = load_image_dataset(data_files=args.data_files, image_column="img", required_columns=("label",))
         latents = load_latents(str(Path(folder, "latents")), vae, required_columns=("label",))
         collate_images = ImageCollator("img", vae.config.sample_size, label_column="label")
-        collate_latents = LatentCollator(latents_shape(vae), label_column="label")
+        collate_latents = LatentCollator(stored_shape(vae), label_column="label")
         seconds = least_seconds(
             {
                 "images": make_steps(vae, images, collate_images, args.steps),

@@ -1,19 +1,22 @@
-"""Encode every image of a data set once, so that stage 2 trains on latents without decoding and encoding images.
+"""Encode every image of a data set once, so that training on latents neither decodes nor encodes images.
 
 Captioned images, and the training on them:
-    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name user/captioned-images \\
+    accelerate launch examples/extract_latents.py --vae runs/rqvae/rqvae --dataset_name user/captioned-images \\
         --text_column text --mixed_precision bf16 --output_dir data/latents
     accelerate launch examples/train_t2i.py --rqvae runs/rqvae/rqvae --latents data/latents ...
 Labelled images, each one also mirrored:
-    accelerate launch examples/extract_latents.py --rqvae runs/rqvae/rqvae --dataset_name uoft-cs/cifar10 \\
+    accelerate launch examples/extract_latents.py --vae runs/rqvae/rqvae --dataset_name uoft-cs/cifar10 \\
         --image_column img --label_column label --mirror --output_dir data/latents
     accelerate launch examples/train_class_conditional.py --rqvae runs/rqvae/rqvae --latents data/latents ...
+Those of a KL autoencoder, for MAR:
+    accelerate launch examples/extract_latents.py --vae runs/kl/vae --dtype float32 ...
 Eight GPUs:
     accelerate launch --multi_gpu --num_processes 8 examples/extract_latents.py ...
 
 OUTPUT_DIR appears when everything is written: parquet files with the captions or classes and a column `latents`, the
-bytes of the vectors (H, W, C) in bfloat16 before they are quantized; and latents.json with H, W, C and a fingerprint
-of the RQ-VAE, so that another one is refused. Codes are not stored: training samples them again in every epoch.
+bytes of arrays (H, W, C) in bfloat16 or float32; and latents.json with H, W, C, this type and a fingerprint of the
+encoder, so that another one is refused. The arrays of an RQ-VAE are the vectors before they are quantized, those of a
+KL autoencoder the means and log-variances. Codes and latents are not stored: training samples them in every epoch.
 """
 
 import os
@@ -31,7 +34,6 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from rq_hf import RQVAEModel
 from rq_hf.data import (
     ImageCollator,
     caption_of,
@@ -41,6 +43,8 @@ from rq_hf.data import (
     write_description,
     write_latents,
 )
+from rq_hf.data.latents import DTYPES
+from rq_hf.models.continuous_latents import Autoencoder, encode_moments, load_autoencoder
 from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
 
 
@@ -48,7 +52,9 @@ from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_
 class ExtractionArguments:
     _argument_group_name = "extraction"
 
-    rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
+    vae: str = field(
+        metadata={"help": "Trained RQ-VAE or AutoencoderKL: a folder or a Hub id.", "aliases": ["--rqvae"]}
+    )
     output_dir: str = field(metadata={"help": "New folder for the latents."})
     text_column: str | None = field(default=None, metadata={"help": "Column with captions to keep."})
     label_column: str | None = field(default=None, metadata={"help": "Column with classes, or their names, to keep."})
@@ -56,6 +62,7 @@ class ExtractionArguments:
         default=False,
         metadata={"help": "Store every image a second time, mirrored; replaces --random_flip in training."},
     )
+    dtype: str = field(default="bfloat16", metadata={"help": "Type of the stored numbers.", "choices": list(DTYPES)})
     batch_size: int = field(default=64, metadata={"help": "Images that each process encodes at a time."})
     rows_per_file: int = field(default=10_000, metadata={"help": "Rows per parquet file, held in memory until then."})
     mixed_precision: str | None = field(
@@ -93,7 +100,7 @@ def collate(examples: list[dict], collator: ImageCollator, args: ExtractionArgum
 
 
 def create_loader(
-    accelerator: Accelerator, data: DatasetArguments, args: ExtractionArguments, dataset, vae: RQVAEModel
+    accelerator: Accelerator, data: DatasetArguments, args: ExtractionArguments, dataset, vae: Autoencoder
 ) -> DataLoader:
     """This rank's share of the data set, in batches of [`collate`]."""
     collator = data.create_collator(vae.config.sample_size, in_channels=vae.config.in_channels)
@@ -114,7 +121,7 @@ def stored_features(args: ExtractionArguments, dataset) -> datasets.Features:
 
 
 def encode(
-    batches: Iterable[dict], vae: RQVAEModel, accelerator: Accelerator, mirror: bool, counts: Counter
+    batches: Iterable[dict], vae: Autoencoder, accelerator: Accelerator, args: ExtractionArguments, counts: Counter
 ) -> Iterator[dict]:
     """Batches of [`collate`] -> rows with latents; counts them and the skipped images."""
     for batch in batches:
@@ -122,12 +129,12 @@ def encode(
         counts["skipped_images"] += batch["skipped_images"]
         if not rows:
             continue
-        if mirror:
+        if args.mirror:
             pixels, rows = torch.cat([pixels, pixels.flip(-1)]), rows * 2
         with torch.no_grad(), accelerator.autocast():
-            vectors = vae.encode_to_vectors(pixels.to(accelerator.device))  # (B, H, W, C)
+            moments = encode_moments(vae, pixels.to(accelerator.device))  # (B, C, H, W)
         counts["rows"] += len(rows)
-        for latents, row in zip(latents_to_bytes(vectors), rows):
+        for latents, row in zip(latents_to_bytes(moments.permute(0, 2, 3, 1), DTYPES[args.dtype]), rows):
             yield {"latents": latents, **row}
 
 
@@ -140,7 +147,7 @@ def main() -> None:
         raise ValueError(f"--output_dir must be a new or an empty folder; there are files in {output_dir}")
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
     check_launch(accelerator)
-    vae = RQVAEModel.from_pretrained(args.rqvae).to(accelerator.device)
+    vae = load_autoencoder(args.vae).to(accelerator.device)
     dataset = data.load(required_columns=args.kept_columns)
     loader = create_loader(accelerator, data, args, dataset, vae)
 
@@ -152,7 +159,7 @@ def main() -> None:
     counts = Counter()
     datasets.disable_progress_bars()  # those of writing the files; there is one of all batches
     batches = tqdm(loader, desc="encoding", unit="batch", disable=not accelerator.is_local_main_process)
-    rows = encode(batches, vae, accelerator, args.mirror, counts)
+    rows = encode(batches, vae, accelerator, args, counts)
     prefix = f"latents-{accelerator.process_index:03d}"
     write_latents(rows, stored_features(args, dataset), unfinished, prefix, args.rows_per_file)
 
@@ -161,7 +168,7 @@ def main() -> None:
     if not written:
         raise ValueError(f"the data set has no images to encode ({skipped} could not be decoded)")
     if accelerator.is_main_process:
-        write_description(unfinished, vae)
+        write_description(unfinished, vae, DTYPES[args.dtype])
         os.rename(unfinished, output_dir)
     accelerator.print(f"saved {written:,} rows in {output_dir}; {skipped:,} images could not be decoded")
     accelerator.end_training()

@@ -18,53 +18,23 @@ Resume after an interruption:
 The finished pipeline is OUTPUT_DIR/pipeline: RQPipeline.from_pretrained("OUTPUT_DIR/pipeline")(class_labels=[0, 1]).
 """
 
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import find_class_names
 from rq_hf.training import (
+    ClassArguments,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
-    check_numbers,
+    find_classes,
     flat_configuration,
     parse_arguments,
     save_pipeline,
+    set_class_names,
     train_pipeline,
 )
-
-
-@dataclass
-class ClassArguments:
-    _argument_group_name = "classes"
-
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the classes, numbers or names (default: no condition)."}
-    )
-    num_classes: int | None = field(
-        default=None, metadata={"help": "Number of classes (default: those that the data set declares or names)."}
-    )
-    num_samples: int = field(
-        default=16, metadata={"help": "Number of images to generate, every --image_logging_steps steps."}
-    )
-
-    def __post_init__(self):
-        check_numbers(self, "be at least 1", "num_classes", "num_samples")
-
-
-def find_classes(args: ClassArguments, dataset) -> tuple[int, list[str] | None]:
-    """Number of classes, 0 without labels, and their names, if they have names. Raises `ValueError` for labels whose
-    classes are unknown."""
-    if args.label_column is None:
-        return 0, None
-    names = find_class_names(dataset, args.label_column)
-    if args.num_classes is not None:
-        return args.num_classes, names
-    if names is None:
-        raise ValueError(f"the data set does not declare the classes of {args.label_column!r}: pass --num_classes")
-    return len(names), names
 
 
 def main() -> None:
@@ -86,9 +56,7 @@ def main() -> None:
     if num_classes:
         # One more class stands for "no class" in classifier-free guidance.
         model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
-        if class_names is not None:
-            model.config.id2label = dict(enumerate(class_names[:num_classes]))
-            model.config.label2id = {name: label for label, name in model.config.id2label.items()}
+        set_class_names(model, num_classes, class_names)
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
         call = "pipe(class_labels=[0, 1])"
     else:
@@ -116,6 +84,7 @@ def main() -> None:
         args.create_loss(accelerator, vae, model, dataset, collate),
         samples=samples,
         held_out=held_out,
+        units_per_image={"codes": math.prod(model.config.code_shape)},
         configuration=configuration,
         **run.training_options(),
     )

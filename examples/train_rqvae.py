@@ -26,20 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
 
 from rq_hf import RQVAEModel
-from rq_hf.data import first_batches
-from rq_hf.metrics import LPIPS
 from rq_hf.training import (
-    DiscriminatorTrainer,
-    PatchDiscriminator,
+    AutoencoderArguments,
+    LossArguments,
     RQVAELoss,
     RunArguments,
     TrainingDataArguments,
     ValidationArguments,
     check_numbers,
+    check_unsharded,
     evaluate_reconstructions,
+    first_pixels,
     flat_configuration,
     initialize_codebook,
     parse_arguments,
@@ -52,22 +51,8 @@ SHOWN_IMAGES = 16
 
 
 @dataclass
-class RQVAEArguments:
-    _argument_group_name = "model"
-
-    resolution: int = field(default=256, metadata={"help": "Height and width of the images."})
-    in_channels: int = field(default=3, metadata={"help": "3 for RGB, 1 for grey images.", "choices": [1, 3]})
-    block_out_channels: list[int] = field(
-        default_factory=lambda: [128, 128, 256, 256, 512, 512],
-        metadata={"help": "Width of every level, fine to coarse; between levels the image is halved."},
-    )
-    layers_per_block: int = field(default=2, metadata={"help": "Residual blocks per level."})
-    attention_levels: list[int] = field(
-        default_factory=list, metadata={"help": "Levels with attention, 0 being the finest."}
-    )
-    norm_num_groups: int = field(default=32, metadata={"help": "Groups of the group norms; divides every width."})
+class RQVAEArguments(AutoencoderArguments):
     dropout: float = field(default=0.0, metadata={"help": "Dropout in the residual blocks."})
-    latent_channels: int = field(default=256, metadata={"help": "Channels of the encoder's output."})
     codebook_dim: int = field(default=256, metadata={"help": "Dimension of a codeword."})
     codebook_size: int = field(default=16384, metadata={"help": "Number of codewords."})
     depth: int = field(default=4, metadata={"help": "Codes per position."})
@@ -93,77 +78,24 @@ class RQVAEArguments:
     )
 
     def __post_init__(self):
-        check_numbers(self, "be at least 1", "resolution", "block_out_channels", "layers_per_block", "norm_num_groups")
-        check_numbers(self, "be at least 1", "latent_channels", "codebook_dim", "codebook_size", "depth")
-        check_numbers(self, "be at least 1", "codebook_init_images")
+        super().__post_init__()
+        check_numbers(self, "be at least 1", "codebook_dim", "codebook_size", "depth", "codebook_init_images")
         check_numbers(self, "lie in [0, 1)", "dropout", "codebook_ema_decay")
-        levels = len(self.block_out_channels)
-        for level in self.attention_levels:
-            if not 0 <= level < levels:
-                raise ValueError(
-                    f"--attention_levels must lie in [0, {levels}), the levels of --block_out_channels, got {level}"
-                )
 
 
 @dataclass
-class LossArguments:
-    _argument_group_name = "losses"
-
-    reconstruction_loss: str = field(
-        default="mse", metadata={"help": "Squared error or L1.", "choices": ["mse", "l1"]}
-    )
+class RQVAELossArguments(LossArguments):
     commitment_weight: float = field(default=0.25, metadata={"help": "Weight β of the commitment loss."})
-    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 disables it."})
-    lpips_vgg: str | None = field(
-        default=None, metadata={"help": "Weights of VGG16 (ImageNet): a file, or user/repository/file on the Hub."}
-    )
-    lpips_heads: str | None = field(
-        default=None, metadata={"help": "Weights of LPIPS for VGG16, lin0 to lin4: a file, or likewise."}
-    )
-    discriminator_weight: float = field(
-        default=0.75,
-        metadata={"help": "Weight of the adversarial loss, besides its adaptive weight; 0 disables it."},
-    )
-    discriminator_loss: str = field(
-        default="hinge", metadata={"help": "Loss of the discriminator.", "choices": ["hinge", "vanilla"]}
-    )
-    discriminator_width: int = field(default=64, metadata={"help": "Channels of the discriminator's first layer."})
-    discriminator_layers: int = field(default=2, metadata={"help": "Its layers that halve the image."})
-    discriminator_norm: str = field(
-        default="batch", metadata={"help": "Its normalization: BatchNorm or ActNorm.", "choices": ["batch", "act"]}
-    )
-    discriminator_start: int = field(default=0, metadata={"help": "Step from which the discriminator learns."})
-    discriminator_warmup_steps: int = field(
-        default=0, metadata={"help": "Steps that it learns alone, before its loss reaches the RQ-VAE."}
-    )
-    max_adaptive_weight: float = field(default=1e4, metadata={"help": "Bound of the adaptive weight."})
 
     def __post_init__(self):
-        check_numbers(self, "be at least 0", "commitment_weight", "perceptual_weight", "discriminator_weight")
-        check_numbers(self, "be at least 0", "discriminator_start", "discriminator_warmup_steps")
-        check_numbers(self, "be at least 1", "discriminator_width", "discriminator_layers")
-        check_numbers(self, "be greater than 0", "max_adaptive_weight")
-        if self.perceptual_weight and not (self.lpips_vgg and self.lpips_heads):
-            raise ValueError(
-                f"--perceptual_weight {self.perceptual_weight} needs --lpips_vgg, the ImageNet weights of VGG16 "
-                "(vgg16-397923af.pth of torchvision), and --lpips_heads, vgg.pth of LPIPS v0.1; "
-                "--perceptual_weight 0 disables it"
-            )
+        super().__post_init__()
+        check_numbers(self, "be at least 0", "commitment_weight")
 
 
 def create_model(args: RQVAEArguments) -> RQVAEModel:
-    """Raises `ValueError` for a resolution that the levels do not divide."""
-    attention = [level in args.attention_levels for level in range(len(args.block_out_channels))]
-    model = RQVAEModel(
-        in_channels=args.in_channels,
-        out_channels=args.in_channels,
-        down_block_types=tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
-        up_block_types=tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)),
-        block_out_channels=tuple(args.block_out_channels),
-        layers_per_block=args.layers_per_block,
-        norm_num_groups=args.norm_num_groups,
+    return RQVAEModel(
+        **args.network_options(),
         dropout=args.dropout,
-        latent_channels=args.latent_channels,
         codebook_dim=args.codebook_dim,
         codebook_size=args.codebook_size,
         depth=args.depth,
@@ -171,45 +103,7 @@ def create_model(args: RQVAEArguments) -> RQVAEModel:
         codebook_update=args.codebook_update,
         ema_decay=args.codebook_ema_decay,
         quantizer_dropout=args.quantizer_dropout,
-        sample_size=args.resolution,
     )
-    if any(args.resolution % pixels for pixels in model.pixels_per_code):
-        raise ValueError(f"--resolution must be divisible by {max(model.pixels_per_code)}, got {args.resolution}")
-    return model
-
-
-def create_discriminator(
-    accelerator: Accelerator, args: LossArguments, run: RunArguments, in_channels: int
-) -> DiscriminatorTrainer | None:
-    """The discriminator with its own Adam and learning rate schedule, those of the RQ-VAE; `None` if disabled."""
-    if not args.discriminator_weight:
-        return None
-    discriminator = PatchDiscriminator(
-        in_channels, args.discriminator_width, args.discriminator_layers, norm=args.discriminator_norm
-    )
-    optimizer = torch.optim.Adam(
-        discriminator.parameters(), lr=run.learning_rate, betas=(run.adam_beta1, run.adam_beta2)
-    )
-    return DiscriminatorTrainer(
-        accelerator,
-        discriminator,
-        optimizer,
-        run.create_scheduler(optimizer),
-        loss=args.discriminator_loss,
-        weight=args.discriminator_weight,
-        start=args.discriminator_start,
-        warmup_steps=args.discriminator_warmup_steps,
-        max_adaptive_weight=args.max_adaptive_weight,
-    )
-
-
-def check_distribution(accelerator: Accelerator) -> None:
-    """Raises `ValueError` when the model would be sharded."""
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(
-            "an RQ-VAE is trained with plain data parallelism (--multi_gpu), "
-            f"got {accelerator.distributed_type.value}: sharded or in bf16 its codebook would lose its moving average"
-        )
 
 
 def main() -> None:
@@ -217,10 +111,10 @@ def main() -> None:
         RunArguments,
         TrainingDataArguments,
         RQVAEArguments,
-        LossArguments,
+        RQVAELossArguments,
         ValidationArguments,
         description=__doc__,
-        sections=("rqvae",),
+        sections=("autoencoder", "rqvae"),
         learning_rate=4e-5,
         lr_scheduler="constant",
         adam_beta1=0.5,
@@ -229,30 +123,21 @@ def main() -> None:
     )
     configuration = flat_configuration(run, data, args, losses, validation)
     accelerator = run.create_accelerator(configuration)
-    check_distribution(accelerator)
+    check_unsharded(accelerator)
 
     model = create_model(args)
     if run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    perceptual = None
-    if losses.perceptual_weight:
-        perceptual = LPIPS.from_pretrained(losses.lpips_vgg, losses.lpips_heads).to(accelerator.device)
-    discriminator = create_discriminator(accelerator, losses, run, model.config.in_channels)
+    perceptual = losses.create_perceptual(accelerator)
+    discriminator = losses.create_discriminator(accelerator, run, args.in_channels)
 
     dataset = data.load()
-    collate = data.create_collator(args.resolution, random_flip=data.random_flip, in_channels=args.in_channels)
-
-    def first_pixels(dataset, collate, count):
-        return [batch["pixels"] for batch in first_batches(dataset, collate, count, run.train_batch_size)]
-
-    held_out = []
-    if validation.is_given:
-        validation_data = validation.select_from(data)
-        validation_collate = validation_data.create_collator(args.resolution, in_channels=args.in_channels)
-        held_out = first_pixels(validation_data.load(), validation_collate, validation.validation_images)
-    shown = torch.cat(held_out or first_pixels(dataset, collate, SHOWN_IMAGES))[:SHOWN_IMAGES]
+    collate = args.create_collator(data, data.random_flip)
+    held_out = args.load_validation(validation, data, run.train_batch_size)
+    shown = held_out or first_pixels(dataset, collate, SHOWN_IMAGES, run.train_batch_size)
+    shown = torch.cat(shown)[:SHOWN_IMAGES]
     if args.codebook_init == "k-means":
-        pixels = first_pixels(dataset, collate, args.codebook_init_images)
+        pixels = first_pixels(dataset, collate, args.codebook_init_images, run.train_batch_size)
         initialize_codebook(model.to(accelerator.device), pixels)
 
     optimizer = run.create_optimizer(model)

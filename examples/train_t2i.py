@@ -19,81 +19,23 @@ Text goes through any tokenizer (--tokenizer), or through one trained on the cap
 --text_length tokens are truncated on the right; their number is logged.
 """
 
-import itertools
-from dataclasses import dataclass, field
+import math
 from pathlib import Path
 
-from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
-
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import caption_of
-from rq_hf.files import atomic_folder
-from rq_hf.text import load_tokenizer, train_tokenizer, with_bpe_dropout
+from rq_hf.text import with_bpe_dropout
 from rq_hf.training import (
-    Checkpoints,
     RunArguments,
+    TextArguments,
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
-    check_numbers,
     flat_configuration,
     parse_arguments,
+    prepare_tokenizer,
     save_pipeline,
     train_pipeline,
 )
-
-
-@dataclass
-class TextArguments:
-    _argument_group_name = "text"
-
-    text_column: str = field(default="text", metadata={"help": "Column with the captions."})
-    text_length: int = field(default=32, metadata={"help": "Tokens of a caption, padded or truncated to this length."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer: a folder or a Hub id (default: train one on the captions)."}
-    )
-    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of a tokenizer trained here."})
-    tokenizer_captions: int = field(default=1_000_000, metadata={"help": "Captions a tokenizer is trained on."})
-    bpe_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the tokenizer's merges left out at random, so that words are seen in several spellings. "
-            "Does not follow --seed: runs differ, and a resumed run differs from an uninterrupted one."
-        },
-    )
-    validation_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts to generate images for, every --image_logging_steps steps."}
-    )
-
-    def __post_init__(self):
-        # The model takes a condition of one id for a class.
-        check_numbers(self, "be at least 2", "text_length")
-        check_numbers(self, "be at least 1", "tokenizer_captions")
-        check_numbers(self, "lie in [0, 1)", "bpe_dropout")
-        if self.tokenizer_vocab_size < 257:
-            raise ValueError(
-                "--tokenizer_vocab_size must be at least 257, for the 256 bytes and [PAD], "
-                f"got {self.tokenizer_vocab_size}"
-            )
-
-
-def prepare_tokenizer(
-    accelerator: Accelerator, args: TextArguments, run: RunArguments, dataset
-) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for or, without one, that of the checkpoint to resume from, or a new one trained on
-    the captions."""
-    own = Path(run.output_dir) / "tokenizer"
-    is_resumed = Checkpoints(run.output_dir).find(run.resume_from_checkpoint) is not None and own.exists()
-    if args.tokenizer is None and not is_resumed and accelerator.is_main_process:
-        columns = dataset.select_columns([args.text_column, "example_index"])
-        texts = (
-            caption_of(example, args.text_column) for example in itertools.islice(columns, args.tokenizer_captions)
-        )
-        with atomic_folder(own) as folder:
-            train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
-    accelerator.wait_for_everyone()
-    return load_tokenizer(args.tokenizer or own, args.text_length)
 
 
 def main() -> None:
@@ -138,6 +80,7 @@ def main() -> None:
         args.create_loss(accelerator, vae, model, dataset, collate),
         samples={"prompt": text.validation_prompts} if text.validation_prompts else None,
         held_out=held_out,
+        units_per_image={"codes": math.prod(model.config.code_shape)},
         configuration=configuration,
         **run.training_options(),
     )

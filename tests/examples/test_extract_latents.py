@@ -7,14 +7,23 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from diffusers import VQModel
 from processes import die_while_saving, run_group, run_script
 from safetensors.torch import load_file
 from shapes import CAPTIONS, create_shapes, draw_shape, write_parquet, write_shapes
-from tiny import C, tiny_vae
+from tiny import C, tiny_kl, tiny_vae
 
 from rq_hf import RQPipeline, RQVAEModel
-from rq_hf.data import describe_latents, find_class_names
+from rq_hf.data import (
+    LatentCollator,
+    describe_latents,
+    find_class_names,
+    load_latents,
+    stored_dtype,
+    stored_shape,
+)
 from rq_hf.images import to_pixels
+from rq_hf.models.continuous_latents import encode_moments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXTRACT = EXAMPLES / "extract_latents.py"
@@ -186,6 +195,25 @@ class TestExtraction:
         pixels = [to_pixels(draw_shape(number, 16).convert("L"), RESOLUTION) for number in range(COUNT)]
         assert_rounded(stored(tmp_path / "latents")[0], encoded(grey, torch.stack(pixels)))
 
+    def test_stores_the_moments_of_an_autoencoder_kl(self, extract, tmp_path):
+        kl = tiny_kl()
+        kl.save_pretrained(tmp_path / "kl")
+        options = ["--vae", tmp_path / "kl", "--mirror", "--dtype", "float32", "--batch_size", COUNT]
+        (outcome,) = extract(tmp_path / "latents", *options)
+        assert outcome.code == 0, outcome.output
+        collate = LatentCollator(stored_shape(kl), dtype=stored_dtype(tmp_path / "latents"), label_column="label")
+        batch = collate(list(load_latents(tmp_path / "latents", kl)))
+        with torch.no_grad():
+            expected = encode_moments(kl, torch.cat([shape_pixels(), shape_pixels().flip(-1)]))
+        torch.testing.assert_close(batch["latents"].permute(0, 3, 1, 2), expected)
+        assert batch["cond_ids"].flatten().tolist() == [number % 3 for number in range(COUNT)] * 2
+
+    def test_refuses_another_class(self, extract, tmp_path):
+        VQModel(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vq")
+        (outcome,) = extract(tmp_path / "latents", "--vae", tmp_path / "vq")
+        assert outcome.code == 1
+        assert "must be an AutoencoderKL or an RQVAEModel, got 'VQModel'" in outcome.output
+
     def test_fills_an_empty_folder(self, extract, tmp_path):
         (tmp_path / "latents").mkdir()
         (outcome,) = extract(tmp_path / "latents")
@@ -275,4 +303,4 @@ def test_training_stops_before_it_starts_with_another_rqvae(rqvae, latents, tmp_
     arguments = [*TRAIN, *OWN[CLASSES], "--latents", latents, "--rqvae", tmp_path / "other", "--output_dir"]
     outcome = run_group(1, run_example, CLASSES, [*arguments, tmp_path / "run"], tmp_path)[0]
     assert outcome.code == 1
-    assert "was extracted with another RQ-VAE" in outcome.output
+    assert "was extracted with another autoencoder" in outcome.output

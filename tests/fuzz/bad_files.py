@@ -24,12 +24,14 @@ from huggingface_hub.errors import StrictDataclassError
 
 import rq_hf
 from rq_hf.convert.__main__ import main as convert
-from rq_hf.training import RunArguments, TrainingDataArguments, TransformerArguments
+from rq_hf.training import RunArguments, TrainingDataArguments, TransformerArguments, ValidationArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GENERAL = (RunArguments, TrainingDataArguments, TransformerArguments)
+STAGE_1 = (RunArguments, TrainingDataArguments, ValidationArguments)
 SCRIPTS = {
-    "train_rqvae.py": (RunArguments, TrainingDataArguments, "RQVAEArguments", "LossArguments", "ValidationArguments"),
+    "train_rqvae.py": (*STAGE_1, "RQVAEArguments", "RQVAELossArguments"),
+    "train_autoencoder_kl.py": (*STAGE_1, "AutoencoderKLArguments", "AutoencoderKLLossArguments"),
     "train_t2i.py": (*GENERAL, "TextArguments"),
     "train_class_conditional.py": (*GENERAL, "ClassArguments"),
     "extract_latents.py": ("DatasetArguments", "ExtractionArguments"),
@@ -129,7 +131,8 @@ def command_line(rng: random.Random, folder: Path) -> FileCase:
     options = [(c, f) for c in classes for f in fields(c)]
     argument_class, option = rng.choice(options)
     words = rng.choices([w for w in WORDS], k=rng.choice([1, 1, 1, 2, 0]))
-    required = REQUIRED if name != "train_rqvae.py" else [*REQUIRED[:2], "--perceptual_weight", "0"]
+    is_stage_1 = classes[: len(STAGE_1)] == list(STAGE_1)
+    required = REQUIRED if not is_stage_1 else [*REQUIRED[:2], "--perceptual_weight", "0"]
     line = [*required, f"--{option.name}", *words]
     if rng.random() < 0.1:
         line[-1 - len(words)] += "x"

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from rq_hf.convert.mar import convert_mar_checkpoint
+from rq_hf.convert.mar import convert_mar_checkpoint, mar_parts
 from rq_hf.convert.weights import rqvae_parts
 
 FOLDER = golden.FOLDER / "mar"
@@ -69,8 +69,6 @@ def converted_transformer(case, ema=True):
         patch_size=options["patch_size"],
         layer_norm_eps=options["norm_eps"],
     )
-    for stack in (transformer.config.encoder_config, transformer.config.decoder_config):
-        stack.attention_dropout, stack.hidden_dropout = options["attn_dropout"], options["proj_dropout"]
     transformer.config.mask_ratio_min = options["mask_ratio_min"]
     transformer.config.diffusion_batch_mul = options["diffusion_batch_mul"]
     return transformer
@@ -135,3 +133,19 @@ def recipe_weight(prefix, name, shape):
 def recipe_weights(prefix, shapes):
     """A state dict of the recipe; `shapes` by the authors' names."""
     return {name: recipe_weight(prefix, name, shape) for name, shape in shapes.items()}
+
+
+def by_original_names(model, tensors):
+    """Weights, or what belongs to them, by the authors' names and with their shapes."""
+    original = {}
+    for name, tensor in tensors.items():
+        shapes = mar_parts(name, model.get_parameter(name).shape, model)
+        parts = tensor.split([shape[0] for shape in shapes.values()]) if len(shapes) > 1 else [tensor]
+        original |= {part: rows.reshape(shape) for (part, shape), rows in zip(shapes.items(), parts)}
+    return original
+
+
+def decayed_names(case):
+    """The weights to which the recorded optimizer applies weight decay, by the authors' names."""
+    groups = json.loads((FOLDER / "mar" / case / "weight_decay.json").read_text())
+    return set(groups["decay"])

@@ -55,6 +55,19 @@ def tiny_vae(**overrides):
     return vae
 
 
+def tiny_kl(**overrides):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "latent_channels": 5,
+        "sample_size": 8,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKL(**config | overrides).eval()
+
+
 def tiny_config(kind="none", **overrides):
     config = {
         "code_shape": (H, W, D),

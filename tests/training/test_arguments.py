@@ -6,13 +6,16 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from processes import run_script
 from scripts import CLASSES, EXAMPLES, RQVAE, TEXT
 from tiny import tiny_vae
 from torch import nn
 
-from rq_hf.data import ImageCollator, LatentCollator
+from rq_hf.data import ImageCollator, LatentCollator, write_description
 from rq_hf.training import (
+    AutoencoderArguments,
+    LossArguments,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
@@ -131,10 +134,13 @@ class TestLatentsOption:
         with pytest.raises(ValueError, match=f"--{option} applies to images"):
             TransformerArguments("vae", latents="latents").load_dataset(vae, TrainingDataArguments(**{option: value}))
 
-    def test_collates_latents(self, vae):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_collates_latents(self, vae, tmp_path, dtype):
+        write_description(tmp_path, vae, dtype)
         data = TrainingDataArguments(random_flip=False)
-        collate = TransformerArguments("vae", latents="latents").create_collator(vae, data, label_column="label")
-        assert isinstance(collate, LatentCollator) and collate.label_column == "label"
+        collate = TransformerArguments("vae", latents=tmp_path).create_collator(vae, data, label_column="label")
+        assert isinstance(collate, LatentCollator)
+        assert (collate.dtype, collate.label_column) == (dtype, "label")
 
     def test_left_out_collates_images_of_the_size_of_the_rqvae(self, vae):
         data = TrainingDataArguments(image_column="img", random_flip=True, center_crop=False)
@@ -160,7 +166,8 @@ class TestPresets:
     def test_has_options_of_the_scripts_only(self, path):
         preset, rqvae, text = json.loads(path.read_text()), runpy.run_path(RQVAE), runpy.run_path(TEXT)
         scripts = {
-            "rqvae": (RunArguments, rqvae["RQVAEArguments"], rqvae["LossArguments"]),
+            "autoencoder": (RunArguments, AutoencoderArguments, LossArguments),
+            "rqvae": (rqvae["RQVAEArguments"],),
             "transformer": (RunArguments, TransformerArguments),
             "text": (text["TextArguments"],),
         }

@@ -323,7 +323,7 @@ class TestShardedByConfiguration:
     def test_is_refused_for_an_rqvae(self, shard, command, tmp_path):
         for outcome in run_group(2, train_and_keep, tmp_path, RQVAE, command(RQVAE, tmp_path, *self.STEPS), shard):
             assert outcome.code != 0
-            assert "an RQ-VAE is trained with plain data parallelism" in outcome.output
+            assert "an autoencoder is trained with plain data parallelism" in outcome.output
 
     def test_is_missed_on_a_cpu(self, command, tmp_path):
         use = functools.partial(set_environment, {"ACCELERATE_USE_FSDP": "true"})

@@ -1,6 +1,7 @@
 """
 Converts checkpoints of kakaobrain/rq-vae-transformer, the code of "Autoregressive Image Generation using Residual
-Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained.
+Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained; and those of LTH14/mar, the code of
+"Autoregressive Image Generation without Vector Quantization" (NeurIPS 2024), into one for MARPipeline.from_pretrained.
 """
 
 import argparse
@@ -8,30 +9,39 @@ import signal
 import sys
 from pathlib import Path
 
-from .card import summary
+from .card import sizes, summary
 from .conversion import convert_checkpoints
+from .mar import LAYER_NORM_EPS, SCALING_FACTOR, convert_mar_checkpoints
+from .mar_card import mar_sizes
 
+RQ_OPTIONS = ("rqvae", "rqtransformer", "tokenizer")
+MAR_OPTIONS = ("vae", "heads", "patch_size", "grid_size", "layer_norm_eps", "scaling_factor")
 EPILOG = """\
 examples:
   python -m rq_hf.convert imagenet_1.4B.tar.gz models/imagenet-1.4b
   python -m rq_hf.convert cc3m.tar.gz models/cc3m --tokenizer rqvae/txtimg_datasets/tokenizers/pretrained
   python -m rq_hf.convert models/cat --rqvae stage1/model.pt --rqtransformer stage2/model.pt --ema
   python -m rq_hf.convert models/rqvae --rqvae stage1/model.pt
+  python -m rq_hf.convert mar_base/checkpoint-last.pth models/mar-base --vae kl16.ckpt
+  python -m rq_hf.convert models/kl16 --vae kl16.ckpt
 
 files:
-  SOURCE            a tar archive as released, or a folder with config.yaml and one .pt file per stage, such as
-                    stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}
-  DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), tokenizer/ and a model card,
-                    README.md; for an RQ-VAE alone, its config.json and weights. A new folder appears only when it is
-                    complete. An existing one must be empty; what is unfinished lies in .rq_hf-... there.
+  SOURCE            of an RQ model, a tar archive as released, or a folder with config.yaml and one .pt file per stage,
+                    such as stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}; of a MAR model, the .pth
+                    file, whose name tells the two methods apart
+  DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), scheduler/, tokenizer/ and a
+                    model card, README.md; for one part alone, its config.json and weights. A new folder appears only
+                    when it is complete. An existing one must be empty; what is unfinished lies in .rq_hf-... there.
   --tokenizer       one *vocab.json and one *merges.txt; or the authors' folder with several pairs, one of which
                     config.yaml names
 
 Disk: an archive is unpacked in DESTINATION, or beside it if it is new, and removed afterwards.
 Memory: at most the checkpoint plus 2 GB. Every weight and checksum is looked at once before anything is written.
-Only tensors are read from .pt files. No code in them is executed, and archives cannot write outside their folder.
+Only tensors are read from .pt, .pth and .ckpt files, and the options of the authors' training script. No code in them
+is executed, and archives cannot write outside their folder.
 
-The released weights are under CC BY-NC-SA 4.0: no commercial use.
+The RQ weights that the authors released are under CC BY-NC-SA 4.0: no commercial use. The authors of MAR link theirs
+from a repository under the MIT licence.
 """
 
 
@@ -41,22 +51,51 @@ def main() -> None:
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [SOURCE] DESTINATION [--rqvae FILE] [--rqtransformer FILE] [--ema] [--tokenizer FOLDER]",
+        usage="%(prog)s [SOURCE] DESTINATION [--rqvae FILE] [--rqtransformer FILE] [--vae FILE] [options]",
     )
-    parser.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help="archive or folder with both stages")
+    parser.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help="archive, folder or .pth file")
     parser.add_argument("destination", type=Path, metavar="DESTINATION", help="new or empty folder to write to")
-    parser.add_argument("--rqvae", type=Path, metavar="FILE", help=".pt file of the RQ-VAE, config.yaml beside it")
-    parser.add_argument("--rqtransformer", type=Path, metavar="FILE", help=".pt file of the RQ-Transformer, likewise")
     parser.add_argument(
-        "--ema", action="store_true", help="use the moving average of the weights (of the last stage given)"
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use the moving average of the weights: of an RQ model (of the last stage given) only with this option, "
+        "of a MAR model unless --no-ema",
     )
-    parser.add_argument(
+    rq = parser.add_argument_group("RQ-VAE and RQ-Transformer")
+    rq.add_argument("--rqvae", type=Path, metavar="FILE", help=".pt file of the RQ-VAE, config.yaml beside it")
+    rq.add_argument("--rqtransformer", type=Path, metavar="FILE", help=".pt file of the RQ-Transformer, likewise")
+    rq.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="folder with vocab.json and merges.txt of a text model"
     )
+    mar = parser.add_argument_group("MAR", "What weights do not say; see rq_hf.convert_mar_checkpoint.")
+    mar.add_argument("--vae", type=Path, metavar="FILE", help="the autoencoder, such as kl16.ckpt")
+    mar.add_argument("--heads", type=int, nargs=2, metavar="N", help="attention heads of encoder and decoder")
+    mar.add_argument("--patch-size", type=int, metavar="P", help="a token is a patch of P×P latents")
+    mar.add_argument("--grid-size", type=int, nargs=2, metavar=("H", "W"), help="rows and columns of tokens")
+    mar.add_argument("--layer-norm-eps", type=float, default=LAYER_NORM_EPS, metavar="E", help="(%(default)s)")
+    mar.add_argument(
+        "--scaling-factor",
+        type=float,
+        default=SCALING_FACTOR,
+        metavar="S",
+        help="what latents are multiplied by (%(default)s)",
+    )
     arguments = vars(parser.parse_intermixed_args())
+    source, destination, ema = (arguments[name] for name in ("source", "destination", "ema"))
+    is_mar = arguments["vae"] is not None or source is not None and source.suffix == ".pth"
+    for name in RQ_OPTIONS if is_mar else MAR_OPTIONS:
+        if arguments[name] != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not an option of {'a MAR' if is_mar else 'an RQ'} model")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(summary(*convert_checkpoints(**arguments)))
+        if is_mar:
+            options = {name: arguments[name] for name in MAR_OPTIONS}
+            model, *files = convert_mar_checkpoints(source, destination, ema=ema is not False, **options)
+            print(summary(mar_sizes(model), *files))
+        else:
+            options = {name: arguments[name] for name in RQ_OPTIONS}
+            model, *files = convert_checkpoints(source, destination, ema=bool(ema), **options)
+            print(summary(sizes(model), *files))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from pathlib import Path
 from ..model_cards import RQVAE_USAGE, model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
-from .files import Checkpoint
 
 INTRODUCTION = """\
 Converted with `rq_hf` from a checkpoint of
@@ -43,14 +42,11 @@ def conversion_card(model: RQPipeline | RQVAEModel) -> str:
     )
 
 
-def summary(model: RQPipeline | RQVAEModel, checkpoints: list[Checkpoint], destination: Path | None) -> str:
-    """One line for each checkpoint read, model converted, contents ignored and folder written."""
-    lines = [f"read     {checkpoint.label}" for checkpoint in checkpoints]
-    lines += [f"made     {size}" for size in sizes(model)]
-    for checkpoint in checkpoints:
-        config_label = Path(checkpoint.label).with_name("config.yaml")
-        for label, names in ((checkpoint.label, checkpoint.unused), (config_label, checkpoint.config.unread())):
-            lines.append(f"ignored  {label}: {', '.join(names) or 'nothing'}")
+def summary(sizes: list[str], ignored: dict[str, list[str]], destination: Path | None) -> str:
+    """One line for each file read, model converted, file with contents that were ignored, and folder written."""
+    lines = [f"read     {label}" for label in ignored]
+    lines += [f"made     {size}" for size in sizes]
+    lines += [f"ignored  {label}: {', '.join(names) or 'nothing'}" for label, names in ignored.items()]
     if destination is not None:
         lines.append(f"written  {destination}")
     return "\n".join(lines)

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from ..models import RQTransformerModel, RQVAEModel
 from ..pipelines import RQPipeline
@@ -66,8 +68,8 @@ def convert_original_checkpoint(
 
 def convert_checkpoints(
     source, destination, rqvae, rqtransformer, ema, tokenizer
-) -> tuple[RQPipeline | RQVAEModel, list[Checkpoint], Path | None]:
-    """[`convert_original_checkpoint`], which also returns the checkpoints read and the resolved destination."""
+) -> tuple[RQPipeline | RQVAEModel, dict[str, list[str]], Path | None]:
+    """[`convert_original_checkpoint`], which also returns what it ignored of each file, and the real destination."""
     destination = None if destination is None else Path(os.path.realpath(destination))
     with working_folder(destination) as scratch:
         checkpoints = gather_checkpoints(source, rqvae, rqtransformer, scratch / "archive")
@@ -83,17 +85,38 @@ def convert_checkpoints(
         else:
             model, weights = vae, None
 
-        if destination is not None:
-            try:
-                save(model, weights, scratch / "finished")
-            except SafetensorError as error:
-                raise OSError(f"{destination} cannot be written: {one_line(error)}") from error
-            (scratch / "finished" / "README.md").write_text(conversion_card(model), encoding="utf-8")
-            move_contents(scratch / "finished", destination)
-            model = type(model).from_pretrained(destination)
-        elif stage2 is not None:
+        model = with_weights(model, weights, conversion_card(model), scratch / "finished", destination)
+    ignored = {}
+    for checkpoint in checkpoints.values():
+        ignored[checkpoint.label] = checkpoint.unused
+        ignored[str(Path(checkpoint.label).with_name("config.yaml"))] = checkpoint.config.unread()
+    return model, ignored, destination
+
+
+def with_weights(
+    model: RQVAEModel | AutoencoderKL | PreTrainedModel | DiffusionPipeline,
+    weights: dict[str, Parts] | None,
+    card: str,
+    finished: Path,
+    destination: Path | None,
+):
+    """The converted `model`, whose transformer, if there is one, has its `weights` no longer on the meta device.
+
+    It is saved with its `card` in the folder `finished`, which becomes `destination`, and read from there; or it is
+    completed in memory if `destination` is `None`.
+    """
+    if destination is None:
+        if weights is not None:
+            transformer = model.transformer if isinstance(model, DiffusionPipeline) else model
             transformer.load_state_dict({name: concatenate(parts) for name, parts in weights.items()}, assign=True)
-    return model, list(checkpoints.values()), destination
+        return model
+    try:
+        save(model, weights, finished)
+    except SafetensorError as error:
+        raise OSError(f"{destination} cannot be written: {one_line(error)}") from error
+    (finished / "README.md").write_text(card, encoding="utf-8")
+    move_contents(finished, destination)
+    return type(model).from_pretrained(destination)
 
 
 @contextmanager
@@ -204,23 +227,25 @@ def text_model_tokenizer(folder, transformer: RQTransformerModel, checkpoint: Ch
         return convert_tokenizer(folder, length, name)
 
 
-def save(model: RQPipeline | RQVAEModel, weights: dict[str, Parts] | None, folder: Path) -> None:
+def save(model, weights: dict[str, Parts] | None, folder: Path) -> None:
     """Writes the files of `model.save_pretrained(folder)`, which cannot save a transformer on the meta device."""
-    if isinstance(model, RQVAEModel):
+    if isinstance(model, PreTrainedModel):
+        save_transformer(model, weights, folder)
+    elif isinstance(model, DiffusionPipeline):
+        for name, component in model.components.items():
+            if component is not None:
+                save(component, weights, folder / name)
+        model.save_config(folder)
+    else:
         model.save_pretrained(folder)
-        return
-    model.vae.save_pretrained(folder / "vae")
-    save_transformer(model.transformer, weights, folder / "transformer")
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder / "tokenizer")
-    model.save_config(folder)
 
 
-def save_transformer(transformer: RQTransformerModel, weights: dict[str, Parts], folder: Path) -> None:
+def save_transformer(transformer: PreTrainedModel, weights: dict[str, Parts], folder: Path) -> None:
     transformer.config.architectures = [type(transformer).__name__]
     transformer.config.dtype = "float32"
     transformer.config.save_pretrained(folder)
-    transformer.generation_config.save_pretrained(folder)
+    if transformer.generation_config is not None:
+        transformer.generation_config.save_pretrained(folder)
     shards = split_torch_state_dict_into_shards(
         transformer.state_dict(), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )

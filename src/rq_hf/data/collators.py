@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..argument_checks import check_bool, check_instance, check_items, check_size
 from ..images import color_mode, to_pixels, to_rgb
 from ..text import encode_captions
-from .latents import DTYPE, bytes_to_latents
+from .latents import bytes_to_latents, check_dtype
 
 
 def decode_image(value: Image.Image | dict | bytes) -> Image.Image:
@@ -165,11 +165,12 @@ class ImageCollator:
 class LatentCollator:
     """
     Examples of [`load_latents`] -> `latents` `(B, H, W, C)`, `counts` and, with a text or label column, `cond_ids` as
-    [`ImageCollator`] gives them.
+    [`ImageCollator`] gives them. The latents of an `AutoencoderKL` are moments: means, then log-variances.
 
     Args:
         shape: of one example's latents, `(H, W, C)`.
         text_column, tokenizer, label_column, num_classes, class_names: see [`ImageCollator`].
+        dtype: that they are stored in, see [`stored_dtype`].
 
     Calling it raises `ValueError` for a caption or a label like [`ImageCollator`], and with the example's index for
     latents of another length.
@@ -183,10 +184,12 @@ class LatentCollator:
         label_column: str | None = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         check_items("shape", shape, 3)
         for size in shape:
             check_size("shape", size)
+        check_dtype(dtype)
         check_conditions(text_column, tokenizer, label_column, num_classes)
         self.shape = shape
         self.text_column = text_column
@@ -194,16 +197,17 @@ class LatentCollator:
         self.label_column = label_column
         self.num_classes = num_classes
         self.class_names = class_names
+        self.dtype = dtype
 
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor | dict[str, int]]:
         check_examples(examples)
-        size = math.prod(self.shape) * DTYPE.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize
         stored = [value_of(example, "latents") or b"" for example in examples]
         for example, latents in zip(examples, stored):
             if len(latents) != size:
                 index = example["example_index"]
                 raise ValueError(f"the latents of example {index} must have {size} bytes, got {len(latents)}")
-        latents = bytes_to_latents(stored, self.shape)
+        latents = bytes_to_latents(stored, self.shape, self.dtype)
         conditions, counts = encode_conditions(
             examples, self.text_column, self.tokenizer, self.label_column, self.num_classes, self.class_names
         )

@@ -1,6 +1,9 @@
 """
-Extracted latents on disk: parquet files with a column `latents`, the bytes of the vectors `(H, W, C)` that an RQ-VAE
-quantizes, in bfloat16, and `latents.json`, which says which RQ-VAE they belong to.
+Extracted latents on disk: parquet files with a column `latents`, and `latents.json`.
+
+`latents` has the bytes of an array `(H, W, C)`, one vector per position: of an RQ-VAE the vectors that it quantizes,
+of an `AutoencoderKL` the moments, means and then log-variances, not scaled. `latents.json` has the `shape`, the
+`dtype` (`bfloat16` or `float32`) and a fingerprint of the encoder, `rqvae_sha256` or `autoencoder_kl_sha256`.
 """
 
 import glob
@@ -14,51 +17,73 @@ from pathlib import Path
 import datasets
 import torch
 
-from ..argument_checks import check_floating, check_instance, check_items, check_size
+from ..argument_checks import check_choice, check_floating, check_instance, check_items, check_size
 from ..models import RQVAEModel
+from ..models.continuous_latents import Autoencoder, latent_shape
 from .loading import check_columns, find_files, load_files, number_examples
 
 DESCRIPTION = "latents.json"
-DTYPE = torch.bfloat16
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def latents_shape(vae: RQVAEModel) -> tuple[int, int, int]:
-    """`(H, W, C)` of the latents of an image."""
-    return *vae.code_shape[:2], vae.config.codebook_dim
+def stored_shape(vae: Autoencoder) -> tuple[int, int, int]:
+    """`(H, W, C)` of what is stored for an image; of an `AutoencoderKL`, C is twice the channels of its latents."""
+    channels, height, width = latent_shape(vae)
+    return height, width, channels if isinstance(vae, RQVAEModel) else 2 * channels
 
 
-def describe_latents(vae: RQVAEModel) -> dict:
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The type of the numbers in a folder of latents. Raises `ValueError` for a folder without a valid description."""
+    return DTYPES[read_description(folder)["dtype"]]
+
+
+def describe_latents(vae: Autoencoder, dtype: torch.dtype = torch.bfloat16) -> dict:
     """What distinguishes the latents of `vae`: their shape, how they are stored, and a fingerprint of the weights that
-    codes depend on."""
+    they (and codes) depend on."""
+    if isinstance(vae, RQVAEModel):
+        name, weights = "rqvae_sha256", vae.encoding_state_dict()
+    else:
+        name, weights = "autoencoder_kl_sha256", vae.state_dict()
+        weights = {key: weights[key] for key in weights if key.startswith(("encoder.", "quant_conv."))}
     fingerprint = hashlib.sha256()
-    for _, weight in sorted(vae.encoding_state_dict().items()):
+    for _, weight in sorted(weights.items()):
         fingerprint.update(weight.float().cpu().numpy().tobytes())
     return {
-        "shape": list(latents_shape(vae)),
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "rqvae_sha256": fingerprint.hexdigest(),
+        "shape": list(stored_shape(vae)),
+        "dtype": str(dtype).removeprefix("torch."),
+        name: fingerprint.hexdigest(),
     }
 
 
-def latents_to_bytes(latents: torch.Tensor) -> list[bytes]:
+def latents_to_bytes(latents: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> list[bytes]:
     """Latents `(B, H, W, C)` -> how each image's are stored."""
     check_floating("latents", latents, "B", "H", "W", "C")
-    latents = latents.to(DTYPE).cpu().contiguous()
+    check_dtype(dtype)
+    latents = latents.to(dtype).cpu().contiguous()
     return [image.view(torch.uint8).numpy().tobytes() for image in latents]
 
 
-def bytes_to_latents(stored: Sequence[bytes], shape: tuple[int, int, int]) -> torch.Tensor:
-    """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` bfloat16."""
+def bytes_to_latents(
+    stored: Sequence[bytes], shape: tuple[int, int, int], dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """The inverse of [`latents_to_bytes`]: B stored images of `shape` `(H, W, C)` -> `(B, H, W, C)` of `dtype`."""
     check_items("stored", stored)
     check_items("shape", shape, 3)
     for size in shape:
         check_size("shape", size)
-    needed = math.prod(shape) * DTYPE.itemsize
+    check_dtype(dtype)
+    needed = math.prod(shape) * dtype.itemsize
     for image in stored:
         if not isinstance(image, bytes) or len(image) != needed:
             found = f"{len(image)}" if isinstance(image, bytes) else f"{image!r:.80}"
             raise ValueError(f"latents of the shape {tuple(shape)} must be {needed} bytes per image, got {found}")
-    return torch.frombuffer(bytearray().join(stored), dtype=DTYPE).view(-1, *shape)
+    return torch.frombuffer(bytearray().join(stored), dtype=dtype).view(-1, *shape)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises `TypeError`/`ValueError` unless latents can be stored in this type."""
+    check_instance("dtype", dtype, torch.dtype)
+    check_choice("dtype", str(dtype).removeprefix("torch."), list(DTYPES))
 
 
 def write_latents(
@@ -72,33 +97,41 @@ def write_latents(
         datasets.Dataset.from_list(shard, features=features).to_parquet(folder / f"{prefix}-{number:05d}.parquet")
 
 
-def write_description(folder: Path, vae: RQVAEModel) -> None:
-    """Marks the latents in a folder as those of `vae`."""
-    (folder / DESCRIPTION).write_text(json.dumps(describe_latents(vae)))
+def write_description(folder: Path, vae: Autoencoder, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Marks the latents in a folder as those of `vae`, stored in `dtype`."""
+    (folder / DESCRIPTION).write_text(json.dumps(describe_latents(vae, dtype)))
+
+
+def read_description(folder: str | Path) -> dict:
+    """What [`write_description`] wrote. Raises `ValueError` where there is nothing, or something else."""
+    check_instance("folder", folder, str | Path)
+    path = Path(folder, DESCRIPTION)
+    if not path.exists():
+        raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {path}")
+    try:
+        description = json.loads(path.read_text())
+        check_choice("dtype", description["dtype"], list(DTYPES))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is broken ({error}): extract the latents again") from error
+    return description
 
 
 def load_latents(
-    folder: str, vae: RQVAEModel, streaming: bool = False, required_columns: tuple[str, ...] = ()
+    folder: str, vae: Autoencoder, streaming: bool = False, required_columns: tuple[str, ...] = ()
 ) -> datasets.Dataset | datasets.IterableDataset:
     """
     Opens a folder of latents that were extracted with `vae`.
 
     Raises:
-        `ValueError`: a folder without latents or with a broken description, latents of another RQ-VAE, or a missing
-        column.
+        `ValueError`: a folder without latents or with a broken description, latents of another autoencoder, or a
+        missing column.
     """
-    check_instance("folder", folder, str | Path)
-    description = Path(folder, DESCRIPTION)
-    if not description.exists():
-        raise ValueError(f"latents must be a folder that extract_latents.py wrote; there is no {description}")
-    try:
-        found = json.loads(description.read_text())
-    except ValueError as error:
-        raise ValueError(f"{description} is broken ({error}): extract the latents again") from error
-    needed = describe_latents(vae)
+    found = read_description(folder)
+    needed = describe_latents(vae, DTYPES[found["dtype"]])
     if found != needed:
         raise ValueError(
-            f"{folder} was extracted with another RQ-VAE: its {DESCRIPTION} says {found}, this RQ-VAE needs {needed}"
+            f"{folder} was extracted with another autoencoder: its {DESCRIPTION} says {found}, "
+            f"this {type(vae).__name__} needs {needed}"
         )
     dataset = load_files(find_files(str(Path(glob.escape(folder), "*.parquet"))), "train", streaming)
     check_columns(dataset, ("latents", *required_columns))

@@ -9,6 +9,7 @@ normalized per channel. Pixels are `(B, 3, height, width)` in [-1, 1].
 """
 
 import math
+import os
 from collections.abc import Iterable
 
 import torch
@@ -16,9 +17,32 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..argument_checks import check_floating, check_instance, check_number
+from .pretrained import check_loading_info, reading
 from .rq_vae import RQVAEModel
 
 Autoencoder = AutoencoderKL | RQVAEModel
+
+
+def load_autoencoder(name: str | os.PathLike) -> Autoencoder:
+    """
+    A trained autoencoder of the class that its `config.json` names.
+
+    Args:
+        name: a folder or a Hub id.
+
+    Raises:
+        `ValueError`: another class, missing or unknown weights, or broken files. `FileNotFoundError`: neither a folder
+        nor possible on the Hub.
+    """
+    with reading("an autoencoder", name):
+        found = AutoencoderKL.load_config(name).get("_class_name")
+        if found == RQVAEModel.__name__:
+            return RQVAEModel.from_pretrained(name)
+        if found != AutoencoderKL.__name__:
+            raise ValueError(f"the autoencoder {name} must be an AutoencoderKL or an RQVAEModel, got {found!r}")
+        vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+    check_loading_info(name, info)
+    return vae
 
 
 def check_autoencoder(vae: Autoencoder) -> None:

@@ -1,4 +1,4 @@
-"""The published models by name: `presets/<name>.json` holds the configurations of both stages."""
+"""The published models by name: `presets/<name>.json` has a section for the configuration of each stage."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,23 @@ FOLDER = Path(__file__).parents[1] / "presets"
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
 
 
-def load_preset(name: str, stage: str) -> dict:
-    """The configuration of a stage, `"vae"` or `"transformer"`; `ValueError` for an unknown name."""
+def load_preset(name: str, section: str) -> dict:
+    """
+    The configuration of a stage.
+
+    Args:
+        section: `"vae"` or `"transformer"` of an RQ model; `"autoencoder_kl"`, the arguments of diffusers'
+            `AutoencoderKL`, or `"mar_transformer"` of a MAR model.
+
+    Raises `ValueError` for a name that is not one of [`PRESETS`], or whose model has no such stage.
+    """
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
-    return json.loads((FOLDER / f"{name}.json").read_text())[stage]
+    if section not in read(name):
+        others = ", ".join(preset for preset in PRESETS if section in read(preset)) or "no preset"
+        raise ValueError(f"the preset {name!r} has {' and '.join(read(name))}, but no {section}; {others} have one")
+    return read(name)[section]
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())

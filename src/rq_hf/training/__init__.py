@@ -1,6 +1,9 @@
 from .adversarial import DiscriminatorTrainer, PatchDiscriminator
 from .arguments import (
+    AutoencoderArguments,
     DatasetArguments,
+    LatentsArguments,
+    LossArguments,
     RunArguments,
     TrainingDataArguments,
     TransformerArguments,
@@ -9,27 +12,45 @@ from .arguments import (
     flat_configuration,
     parse_arguments,
 )
+from .autoencoder_kl import (
+    AutoencoderKLForTraining,
+    AutoencoderKLLoss,
+    autoencoder_kl_card,
+    evaluate_autoencoder_kl,
+    set_scaling_factor,
+)
 from .checkpoints import Checkpoints, save_finished
+from .conditions import ClassArguments, TextArguments, find_classes, prepare_tokenizer, set_class_names
 from .ema import EMA
 from .launch import check_launch
 from .loop import LossOutput, TrainingHook, create_accelerator, create_optimizer, create_scheduler, train
-from .rq_transformer import (
-    RQTransformerLoss,
-    create_transformer,
-    load_transformer,
-    save_pipeline,
-    train_pipeline,
-)
+from .mar import MARLoss, create_mar_transformer, load_mar_transformer
+from .pipelines import save_pipeline, train_pipeline
+from .reconstruction import check_unsharded, first_pixels
+from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
 from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, rqvae_card
 from .soft_labels import choose_soft_label_temperature, effective_codewords
 from .trackers import JSONLinesTracker, log_images
 
 __all__ = [
+    "load_mar_transformer",
+    "create_mar_transformer",
+    "MARLoss",
+    "set_class_names",
+    "prepare_tokenizer",
+    "find_classes",
+    "TextArguments",
+    "ClassArguments",
+    "LatentsArguments",
+    "AutoencoderArguments",
+    "AutoencoderKLForTraining",
+    "AutoencoderKLLoss",
     "Checkpoints",
     "DatasetArguments",
     "DiscriminatorTrainer",
     "EMA",
     "JSONLinesTracker",
+    "LossArguments",
     "LossOutput",
     "PatchDiscriminator",
     "RQTransformerLoss",
@@ -39,15 +60,19 @@ __all__ = [
     "TrainingHook",
     "TransformerArguments",
     "ValidationArguments",
+    "autoencoder_kl_card",
     "check_launch",
     "check_numbers",
+    "check_unsharded",
     "choose_soft_label_temperature",
     "create_accelerator",
     "create_optimizer",
     "create_scheduler",
     "create_transformer",
     "effective_codewords",
+    "evaluate_autoencoder_kl",
     "evaluate_reconstructions",
+    "first_pixels",
     "flat_configuration",
     "initialize_codebook",
     "load_transformer",
@@ -56,6 +81,7 @@ __all__ = [
     "rqvae_card",
     "save_finished",
     "save_pipeline",
+    "set_scaling_factor",
     "train",
     "train_pipeline",
 ]

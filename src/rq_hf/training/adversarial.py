@@ -94,17 +94,17 @@ def adaptive_weight(
 
 class DiscriminatorTrainer(TrainingHook):
     """
-    Trains the discriminator and provides the adversarial loss of the RQ-VAE.
+    Trains the discriminator and provides the adversarial loss of the autoencoder.
 
     [`LossOutput.outputs`] must be the pixels and their reconstructions, both `(B, 3, height, width)`.
 
     Args:
         accelerator: that of the run.
-        discriminator: it learns from step `start` on, and its loss reaches the RQ-VAE `warmup_steps` later, once it is
-            informative.
+        discriminator: it learns from step `start` on, and its loss reaches the autoencoder `warmup_steps` later, once
+            it is informative.
         optimizer, scheduler: of the discriminator.
-        loss (`str`): `"hinge"` or `"vanilla"`, of the discriminator; that of the RQ-VAE is −E[logits of fakes].
-        weight (`float`): of both losses, besides the adaptive weight of the RQ-VAE's.
+        loss (`str`): `"hinge"` or `"vanilla"`, of the discriminator; that of the autoencoder is −E[logits of fakes].
+        weight (`float`): of both losses, besides the adaptive weight of the autoencoder's.
         max_adaptive_weight (`float`): bound of the adaptive weight, which grows without limit where the gradient of
             the discriminator vanishes.
     """
@@ -149,7 +149,7 @@ class DiscriminatorTrainer(TrainingHook):
         self, sample: torch.Tensor, reconstruction_loss: torch.Tensor, last_layer: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        Adversarial term of the RQ-VAE's loss, and metrics.
+        Adversarial term of the autoencoder's loss, and metrics.
 
         Args:
             sample: reconstructions `(B, 3, height, width)`.

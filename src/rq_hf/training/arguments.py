@@ -23,14 +23,19 @@ from ..data import (
     LatentCollator,
     TrainingStream,
     first_batches,
-    latents_shape,
     load_image_dataset,
     load_latents,
+    stored_dtype,
+    stored_shape,
 )
 from ..data.loading import BUILDERS
+from ..metrics import LPIPS
 from ..models import RQTransformerModel, RQVAEModel
+from ..models.continuous_latents import Autoencoder
+from .adversarial import DiscriminatorTrainer, PatchDiscriminator
 from .checkpoints import Checkpoints, create_repository, failing_together
 from .loop import create_accelerator, create_optimizer, create_scheduler
+from .reconstruction import first_pixels
 from .rq_transformer import RQTransformerLoss, create_transformer, encode_batch, load_transformer
 from .soft_labels import EFFECTIVE_CODEWORDS, choose_soft_label_temperature, describe_soft_labels
 
@@ -44,6 +49,7 @@ MAY_CHANGE = (
     "preset",  # as the options that it sets are the same
     # Of the scripts.
     *("validation_split", "validation_files", "validation_images", "validation_prompts", "num_samples"),
+    "scaling_factor_images",
 )
 # Also changeable, where it does not change which examples are read.
 MAY_CHANGE_UNLESS_STREAMING = ("dataloader_num_workers",)
@@ -346,17 +352,202 @@ class ValidationArguments:
 
 
 @dataclass
-class TransformerArguments:
+class AutoencoderArguments:
+    _argument_group_name = "model"
+
+    resolution: int = field(default=256, metadata={"help": "Height and width of the images."})
+    in_channels: int = field(default=3, metadata={"help": "3 for RGB, 1 for grey images.", "choices": [1, 3]})
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [128, 128, 256, 256, 512, 512],
+        metadata={"help": "Width of every level, fine to coarse; between levels the image is halved."},
+    )
+    layers_per_block: int = field(default=2, metadata={"help": "Residual blocks per level."})
+    attention_levels: list[int] = field(
+        default_factory=list, metadata={"help": "Levels with attention, 0 being the finest."}
+    )
+    norm_num_groups: int = field(default=32, metadata={"help": "Groups of the group norms; divides every width."})
+    latent_channels: int = field(default=256, metadata={"help": "Channels between encoder and decoder."})
+
+    def __post_init__(self):
+        check_numbers(self, "be at least 1", "resolution", "block_out_channels", "layers_per_block", "norm_num_groups")
+        check_numbers(self, "be at least 1", "latent_channels")
+        levels = len(self.block_out_channels)
+        for level in self.attention_levels:
+            if not 0 <= level < levels:
+                raise ValueError(
+                    f"--attention_levels must lie in [0, {levels}), the levels of --block_out_channels, got {level}"
+                )
+        if self.resolution % 2 ** (levels - 1):
+            raise ValueError(f"--resolution must be divisible by {2 ** (levels - 1)}, got {self.resolution}")
+
+    def network_options(self) -> dict:
+        """The keyword arguments that [`RQVAEModel`] and `AutoencoderKL` have in common."""
+        attention = [level in self.attention_levels for level in range(len(self.block_out_channels))]
+        return {
+            "in_channels": self.in_channels,
+            "out_channels": self.in_channels,
+            "down_block_types": tuple("AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention),
+            "up_block_types": tuple("AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)),
+            "block_out_channels": tuple(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups,
+            "latent_channels": self.latent_channels,
+            "sample_size": self.resolution,
+        }
+
+    def create_collator(self, data: DatasetArguments, random_flip: bool = False) -> ImageCollator:
+        return data.create_collator(self.resolution, random_flip=random_flip, in_channels=self.in_channels)
+
+    def load_validation(
+        self, validation: ValidationArguments, data: TrainingDataArguments, batch_size: int
+    ) -> list[torch.Tensor]:
+        """Batches of pixels of the validation images, none without such options. Raises `ValueError` like
+        [`ValidationArguments.select_from`]."""
+        if not validation.is_given:
+            return []
+        data = validation.select_from(data)
+        return first_pixels(data.load(), self.create_collator(data), validation.validation_images, batch_size)
+
+
+@dataclass
+class LossArguments:
+    _argument_group_name = "losses"
+
+    reconstruction_loss: str = field(
+        default="mse", metadata={"help": "Squared error or L1.", "choices": ["mse", "l1"]}
+    )
+    perceptual_weight: float = field(default=1.0, metadata={"help": "Weight of LPIPS; 0 disables it."})
+    lpips_vgg: str | None = field(
+        default=None, metadata={"help": "Weights of VGG16 (ImageNet): a file, or user/repository/file on the Hub."}
+    )
+    lpips_heads: str | None = field(
+        default=None, metadata={"help": "Weights of LPIPS for VGG16, lin0 to lin4: a file, or likewise."}
+    )
+    discriminator_weight: float = field(
+        default=0.75,
+        metadata={"help": "Weight of the adversarial loss, besides its adaptive weight; 0 disables it."},
+    )
+    discriminator_loss: str = field(
+        default="hinge", metadata={"help": "Loss of the discriminator.", "choices": ["hinge", "vanilla"]}
+    )
+    discriminator_width: int = field(default=64, metadata={"help": "Channels of the discriminator's first layer."})
+    discriminator_layers: int = field(default=2, metadata={"help": "Its layers that halve the image."})
+    discriminator_norm: str = field(
+        default="batch", metadata={"help": "Its normalization: BatchNorm or ActNorm.", "choices": ["batch", "act"]}
+    )
+    discriminator_start: int = field(default=0, metadata={"help": "Step from which the discriminator learns."})
+    discriminator_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps that it learns alone, before its loss reaches the autoencoder."}
+    )
+    max_adaptive_weight: float = field(default=1e4, metadata={"help": "Bound of the adaptive weight."})
+
+    def __post_init__(self):
+        check_numbers(self, "be at least 0", "perceptual_weight", "discriminator_weight")
+        check_numbers(self, "be at least 0", "discriminator_start", "discriminator_warmup_steps")
+        check_numbers(self, "be at least 1", "discriminator_width", "discriminator_layers")
+        check_numbers(self, "be greater than 0", "max_adaptive_weight")
+        if self.perceptual_weight and not (self.lpips_vgg and self.lpips_heads):
+            raise ValueError(
+                f"--perceptual_weight {self.perceptual_weight} needs --lpips_vgg, the ImageNet weights of VGG16 "
+                "(vgg16-397923af.pth of torchvision), and --lpips_heads, vgg.pth of LPIPS v0.1; "
+                "--perceptual_weight 0 disables it"
+            )
+
+    def create_perceptual(self, accelerator: Accelerator) -> LPIPS | None:
+        """`None` if disabled."""
+        if not self.perceptual_weight:
+            return None
+        return LPIPS.from_pretrained(self.lpips_vgg, self.lpips_heads).to(accelerator.device)
+
+    def create_discriminator(
+        self, accelerator: Accelerator, run: RunArguments, in_channels: int
+    ) -> DiscriminatorTrainer | None:
+        """The discriminator with its own Adam and learning rate schedule, those of the autoencoder; `None` if
+        disabled."""
+        if not self.discriminator_weight:
+            return None
+        discriminator = PatchDiscriminator(
+            in_channels, self.discriminator_width, self.discriminator_layers, norm=self.discriminator_norm
+        )
+        optimizer = torch.optim.Adam(
+            discriminator.parameters(), lr=run.learning_rate, betas=(run.adam_beta1, run.adam_beta2)
+        )
+        return DiscriminatorTrainer(
+            accelerator,
+            discriminator,
+            optimizer,
+            run.create_scheduler(optimizer),
+            loss=self.discriminator_loss,
+            weight=self.discriminator_weight,
+            start=self.discriminator_start,
+            warmup_steps=self.discriminator_warmup_steps,
+            max_adaptive_weight=self.max_adaptive_weight,
+        )
+
+
+@dataclass(kw_only=True)
+class LatentsArguments:
+    latents: str | None = field(
+        default=None,
+        metadata={"help": "Instead of images: a folder of their latents, written by extract_latents.py."},
+    )
+
+    def load_dataset(
+        self, vae: Autoencoder, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The latents or, without them, the images of `data`. Raises `ValueError` for latents with options that only
+        images have, and like [`load_latents`] and [`load_image_dataset`]."""
+        if self.latents is None:
+            return data.load(required_columns)
+        for option in fields(data):
+            applies_to_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
+            if applies_to_images and getattr(data, option.name) != option.default:
+                raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
+        return load_latents(self.latents, vae, data.streaming, required_columns)
+
+    def load_validation(
+        self,
+        validation: ValidationArguments,
+        vae: Autoencoder,
+        data: TrainingDataArguments,
+        batch_size: int,
+        **conditions,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Batches of the validation images or latents, none without such options; `conditions` as in
+        [`create_collator`]. Raises `ValueError` like [`load_dataset`] and [`ValidationArguments.select_from`]."""
+        if not validation.is_given:
+            return []
+        if self.latents is None:
+            source, data = self, validation.select_from(data)
+        elif validation.validation_files:
+            source = replace(self, latents=validation.validation_files)
+        else:
+            raise ValueError("--validation_split applies to images: with --latents, pass --validation_files FOLDER")
+        columns = (conditions.get("text_column"), conditions.get("label_column"))
+        dataset = source.load_dataset(vae, data, tuple(filter(None, columns)))
+        collate = source.create_collator(vae, data, **conditions)
+        return list(first_batches(dataset, collate, validation.validation_images, batch_size))
+
+    def create_collator(
+        self, vae: Autoencoder, data: TrainingDataArguments, **conditions
+    ) -> ImageCollator | LatentCollator:
+        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
+        of the classes."""
+        if self.latents is not None:
+            return LatentCollator(stored_shape(vae), dtype=stored_dtype(self.latents), **conditions)
+        return data.create_collator(
+            vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
+        )
+
+
+@dataclass(kw_only=True)
+class TransformerArguments(LatentsArguments):
     _argument_group_name = "transformer"
 
     rqvae: str = field(metadata={"help": "Trained RQ-VAE: a folder or a Hub id."})
     transformer: str | None = field(
         default=None,
         metadata={"help": "Trained transformer to continue from: a folder or a Hub id (default: a new one)."},
-    )
-    latents: str | None = field(
-        default=None,
-        metadata={"help": "Instead of images: a folder of their latents, written by extract_latents.py."},
     )
     hidden_size: int = field(default=512, metadata={"help": "Width of both stacks."})
     spatial_layers: int = field(default=12, metadata={"help": "Blocks of the spatial transformer."})
@@ -399,53 +590,6 @@ class TransformerArguments:
         check_numbers(self, "be at least 0", "depth_layers")
         check_numbers(self, "be greater than 0", "soft_label_temperature")
         check_numbers(self, "lie in [0, 1)", "hidden_dropout", "cond_dropout")
-
-    def load_dataset(
-        self, vae: RQVAEModel, data: TrainingDataArguments, required_columns: tuple[str, ...] = ()
-    ) -> datasets.Dataset | datasets.IterableDataset:
-        """The latents or, without them, the images of `data`. Raises `ValueError` for latents with options that only
-        images have, and like [`load_latents`] and [`load_image_dataset`]."""
-        if self.latents is None:
-            return data.load(required_columns)
-        for option in fields(data):
-            applies_to_images = option.name not in ("streaming", "dataloader_num_workers", "shuffle_buffer_size")
-            if applies_to_images and getattr(data, option.name) != option.default:
-                raise ValueError(f"--{option.name} applies to images and cannot be combined with --latents")
-        return load_latents(self.latents, vae, data.streaming, required_columns)
-
-    def load_validation(
-        self,
-        validation: ValidationArguments,
-        vae: RQVAEModel,
-        data: TrainingDataArguments,
-        batch_size: int,
-        **conditions,
-    ) -> list[dict[str, torch.Tensor]]:
-        """Batches of the validation images or latents, none without such options; `conditions` as in
-        [`create_collator`]. Raises `ValueError` like [`load_dataset`] and [`ValidationArguments.select_from`]."""
-        if not validation.is_given:
-            return []
-        if self.latents is None:
-            source, data = self, validation.select_from(data)
-        elif validation.validation_files:
-            source = replace(self, latents=validation.validation_files)
-        else:
-            raise ValueError("--validation_split applies to images: with --latents, pass --validation_files FOLDER")
-        columns = (conditions.get("text_column"), conditions.get("label_column"))
-        dataset = source.load_dataset(vae, data, tuple(filter(None, columns)))
-        collate = source.create_collator(vae, data, **conditions)
-        return list(first_batches(dataset, collate, validation.validation_images, batch_size))
-
-    def create_collator(
-        self, vae: RQVAEModel, data: TrainingDataArguments, **conditions
-    ) -> ImageCollator | LatentCollator:
-        """For the examples of [`load_dataset`]; `conditions` are the columns, the tokenizer, and the number and names
-        of the classes."""
-        if self.latents is not None:
-            return LatentCollator(latents_shape(vae), **conditions)
-        return data.create_collator(
-            vae.config.sample_size, random_flip=data.random_flip, in_channels=vae.config.in_channels, **conditions
-        )
 
     def create_model(self, vae: RQVAEModel, **conditions) -> RQTransformerModel:
         """A new or a trained transformer; `conditions` are `cond_vocab_size`, `cond_length` and `null_cond_id`."""

@@ -138,7 +138,7 @@ def create_optimizer(
     """AdamW that decays matrices (two dimensions and more), but no biases, norms or what a module lists in
     `no_weight_decay`."""
     excluded = {
-        id(getattr(module, name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
+        id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_weight_decay", ())
     }
     decayed, others = [], []
     for parameter in model.parameters():

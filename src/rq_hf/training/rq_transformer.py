@@ -1,29 +1,16 @@
 """Stage 2: the RQ-Transformer on the codes of an RQ-VAE (Lee et al., CVPR 2022, section 3.2), on images or latents."""
 
 import contextlib
-import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..argument_checks import LARGEST_SIZE, check_bool, check_integer, check_number, check_temperature
-from ..data import TrainingStream
-from ..images import captioned_grid
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
-from ..pipelines import RQPipeline
-from ..pipelines.pipeline_rq import pipeline_card
-from .checkpoints import save_finished
-from .loop import LossOutput, TrainingHook, train
+from .loop import LossOutput
+from .pipelines import drop_conditions
 from .soft_labels import effective_codewords
-from .trackers import log_images
 
 
 def create_transformer(
@@ -134,8 +121,9 @@ class RQTransformerLoss:
             targets = {"labels": codes}
         else:
             targets = {"residuals": residuals, "target_temperature": temperature}
+        cond_ids = drop_conditions(batch.get("cond_ids"), self.null_cond_id, self.cond_dropout)
         with self.autocast():
-            output = model(codes, self.drop_conditions(batch.get("cond_ids")), **targets, return_logits=False)
+            output = model(codes, cond_ids, **targets, return_logits=False)
         metrics = per_depth("loss", output.depth_losses)
         if output.cond_loss is not None:
             metrics["loss_text"] = output.cond_loss
@@ -145,12 +133,10 @@ class RQTransformerLoss:
             )
         return LossOutput(output.loss, metrics)
 
-    def drop_conditions(self, cond_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """Condition ids `(B, L)` with a random share of the rows replaced by the null condition."""
-        if cond_ids is None or self.null_cond_id is None:
-            return cond_ids
-        dropped = torch.rand(len(cond_ids), 1, device=cond_ids.device) < self.cond_dropout
-        return cond_ids.masked_fill(dropped, self.null_cond_id)
+    def for_validation(self) -> "RQTransformerLoss":
+        """The cross-entropy of the nearest codes: hard labels, and no condition dropped, whatever the training does,
+        so that the values of runs with other soft labels compare."""
+        return RQTransformerLoss(self.vae, soft_label_temperature=None, cond_dropout=0.0, autocast=self.autocast)
 
 
 @torch.no_grad()
@@ -164,140 +150,3 @@ def encode_batch(vae: RQVAEModel, batch: dict[str, torch.Tensor]) -> torch.Tenso
 def per_depth(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """Values `(D,)` as metrics `{name}_depth_1` and so on."""
     return {f"{name}_depth_{d}": value for d, value in enumerate(values, start=1)}
-
-
-@torch.no_grad()
-def validation_losses(
-    compute_loss: RQTransformerLoss, model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]]
-) -> dict[str, float]:
-    """
-    Cross-entropy of the nearest codes of held-out batches, as `validation/loss` and for every depth.
-
-    The labels are hard and no condition is dropped, whatever the training does: the values of runs with other soft
-    labels compare.
-    """
-    compute_loss = RQTransformerLoss(
-        compute_loss.vae, soft_label_temperature=None, cond_dropout=0.0, autocast=compute_loss.autocast
-    )
-    device = compute_loss.vae.device
-    totals, images = Counter(), 0
-    for batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        output = compute_loss(model, batch)
-        count = len(next(iter(batch.values())))
-        images += count
-        for name, value in ({"loss": output.loss} | output.metrics).items():
-            totals[f"validation/{name}"] += value.item() * count
-    return {name: total / images for name, total in totals.items()}
-
-
-class ShardedGeneration(TrainingHook):
-    """Lets a transformer that FSDP has sharded generate, for samples during the training."""
-
-    def prepare(self, model: torch.nn.Module) -> None:
-        if isinstance(model, FSDPModule):
-            register_fsdp_forward_method(model, "generate")
-
-
-def train_pipeline(
-    accelerator: Accelerator,
-    pipeline: RQPipeline,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    stream: TrainingStream,
-    compute_loss: RQTransformerLoss,
-    *,
-    samples: dict | None = None,
-    held_out: Sequence[dict[str, torch.Tensor]] = (),
-    **options,
-) -> dict[str, torch.Tensor]:
-    """
-    [`train`] for the transformer of `pipeline`, which logs samples of the pipeline and losses on held-out images.
-
-    Args:
-        samples: the pipeline's arguments for the samples; `None` for no samples.
-        held_out: batches like those of the stream, for [`validation_losses`].
-        options: further arguments of [`train`].
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    return train(
-        accelerator,
-        pipeline.transformer,
-        optimizer,
-        scheduler,
-        stream,
-        compute_loss,
-        hooks=[ShardedGeneration()],
-        evaluate=functools.partial(evaluate_pipeline, accelerator, pipeline, compute_loss, samples, held_out),
-        units_per_image={"codes": math.prod(pipeline.transformer.config.code_shape)},
-        **options,
-    )
-
-
-def evaluate_pipeline(
-    accelerator: Accelerator,
-    pipeline: RQPipeline,
-    compute_loss: RQTransformerLoss,
-    samples: dict | None,
-    held_out: Sequence[dict[str, torch.Tensor]],
-    step: int,
-) -> dict[str, float]:
-    """[`log_samples`] and [`validation_losses`], each if there is something to do it with."""
-    if samples is not None:
-        log_samples(accelerator, pipeline, samples, step)
-    return validation_losses(compute_loss, pipeline.transformer, held_out) if held_out else {}
-
-
-def log_samples(accelerator: Accelerator, pipeline: RQPipeline, arguments: dict, step: int) -> None:
-    """Logs images that the pipeline generates, from the same seed at every step, with their prompts or classes."""
-    generator = torch.Generator(accelerator.device).manual_seed(0)
-    with accelerator.autocast():
-        images = pipeline(**arguments, generator=generator).images
-    captions = sample_captions(pipeline.transformer.config, len(images), **arguments)
-    log_images(accelerator, {"samples": captioned_grid(images, captions)}, step)
-
-
-def sample_captions(
-    config: RQTransformerConfig,
-    count: int,
-    *,
-    prompt: list[str] | None = None,
-    class_labels: list[int] | None = None,
-    **others,
-) -> list[str]:
-    """What `count` samples of a call of the pipeline show: prompts, classes by name (`LABEL_0` where they have none),
-    or nothing."""
-    if prompt is not None:
-        return prompt
-    if class_labels is not None:
-        return [config.id2label.get(label, f"LABEL_{label}") for label in class_labels]
-    return [""] * count
-
-
-def save_pipeline(
-    accelerator: Accelerator,
-    pipeline: RQPipeline,
-    state_dict: dict[str, torch.Tensor],
-    destination: Path,
-    call: str,
-    upload_to: str | None = None,
-) -> None:
-    """
-    Saves a trained pipeline with its card, see [`save_finished`].
-
-    Args:
-        state_dict: of the transformer, as [`train`] returns it.
-        call: Python expression that samples from `pipe`, for the card.
-    """
-    card = pipeline_card(pipeline.transformer, call)
-    if isinstance(pipeline.transformer, FSDPModule) and accelerator.is_main_process:
-        pipeline = RQPipeline(pipeline.vae, gathered_transformer(pipeline.transformer, state_dict), pipeline.tokenizer)
-    save_finished(accelerator, pipeline, destination, card, upload_to)
-
-
-def gathered_transformer(sharded: RQTransformerModel, state_dict: dict[str, torch.Tensor]) -> RQTransformerModel:
-    """An unsharded copy of a sharded transformer."""
-    model = RQTransformerModel(sharded.config)
-    model.load_state_dict(state_dict)
-    model.generation_config = sharded.generation_config
-    return model

@@ -6,82 +6,47 @@ Pixels are `(B, channels, height, width)` in [-1, 1].
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ..argument_checks import check_choice, check_number
-from ..images import captioned_grid
-from ..metrics import LPIPS, codebook_usage, count_codes, psnr
+from ..argument_checks import check_number
+from ..metrics import LPIPS, codebook_usage, count_codes
 from ..model_cards import RQVAE_USAGE, model_card
 from ..models import RQVAEModel
-from .adversarial import DiscriminatorTrainer
-from .loop import LossOutput
+from .reconstruction import AutoencoderLoss, comparison_grid, reconstruction_quality, validation_means
 from .trackers import log_images
 
-RECONSTRUCTION_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 
-
-class RQVAELoss:
+class RQVAELoss(AutoencoderLoss):
     """
     (model, batch with `pixels`) -> [`LossOutput`]
 
         L = L_recon + β·L_commit,    L_recon = ‖X − X̂‖²,    L_commit = Σ_d ‖Z − sg[Ẑ⁽ᵈ⁾]‖²
 
-    with means instead of sums. LPIPS is added to L_recon; the adversarial term and, for a codebook that is trained by
-    gradient, the codebook loss are added to L. Outputs are the pixels and their reconstructions.
+    with means instead of sums; for a codebook that is trained by gradient, the codebook loss is added.
 
     Args:
         model: the RQ-VAE, not prepared.
-        reconstruction_loss (`str`): `"mse"`, the squared error, or `"l1"`.
         commitment_weight (`float`): β.
-        perceptual: LPIPS; `None` leaves it out.
-        perceptual_weight (`float`): weight of LPIPS.
-        discriminator: gives the adversarial term, and is also a hook of [`train`]; `None` leaves it out.
+        options: further arguments of [`AutoencoderLoss`].
     """
 
-    def __init__(
-        self,
-        model: RQVAEModel,
-        *,
-        reconstruction_loss: str = "mse",
-        commitment_weight: float = 0.25,
-        perceptual: LPIPS | None = None,
-        perceptual_weight: float = 1.0,
-        discriminator: DiscriminatorTrainer | None = None,
-    ):
-        check_choice("reconstruction_loss", reconstruction_loss, list(RECONSTRUCTION_LOSSES))
+    def __init__(self, model: RQVAEModel, *, commitment_weight: float = 0.25, **options):
         check_number("commitment_weight", commitment_weight, "be at least 0")
-        check_number("perceptual_weight", perceptual_weight, "be at least 0")
-        self.distance = RECONSTRUCTION_LOSSES[reconstruction_loss]
+        super().__init__(model.decoder.conv_out.weight, **options)
         self.commitment_weight = commitment_weight
-        self.perceptual = perceptual
-        self.perceptual_weight = perceptual_weight
-        self.discriminator = discriminator
-        self.last_layer = model.decoder.conv_out.weight
         self.codebook_size = model.config.codebook_size
 
-    def __call__(self, model: torch.nn.Module, batch: dict) -> LossOutput:
-        pixels = batch["pixels"]
+    def reconstruct(
+        self, model: torch.nn.Module, pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         output = model(pixels)
-        sample = output.sample.float()
-        reconstruction = self.distance(sample, pixels)
-        metrics = {"loss_reconstruction": reconstruction, "loss_commitment": output.commitment_loss}
-        if self.perceptual is not None:
-            metrics["loss_perceptual"] = self.perceptual(sample, pixels).mean()
-            reconstruction = reconstruction + self.perceptual_weight * metrics["loss_perceptual"]
-        loss = reconstruction + self.commitment_weight * output.commitment_loss
+        loss = self.commitment_weight * output.commitment_loss
         if output.codebook_loss is not None:
             loss = loss + output.codebook_loss
-        if self.discriminator is not None:
-            generator_loss, generator_metrics = self.discriminator.generator_loss(
-                sample, reconstruction, self.last_layer
-            )
-            loss, metrics = loss + generator_loss, metrics | generator_metrics
-        metrics["psnr"] = psnr(pixels, sample.detach()).mean()
+        metrics = {"loss_commitment": output.commitment_loss}
         metrics |= usage_metrics(count_codes(output.codes, self.codebook_size), prefix="batch_")
-        return LossOutput(loss, metrics, outputs=(pixels, sample))
+        return output.sample.float(), loss, metrics
 
 
 def usage_metrics(counts: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
@@ -111,11 +76,8 @@ def reconstructions(model: RQVAEModel, pixels: torch.Tensor) -> torch.Tensor:
 
 def reconstruction_grid(model: RQVAEModel, pixels: torch.Tensor) -> Image.Image:
     """One row for every image of the pixels: the image, then its reconstructions, coarse to fine."""
-    depth = model.config.depth
-    by_depth = reconstructions(model, pixels).float().clamp(0, 1).unflatten(0, (1 + depth, len(pixels)))
-    images = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(by_depth.transpose(0, 1).flatten(0, 1)))
-    legend = ["original", *(f"depth {d}" for d in range(1, depth + 1))]
-    return captioned_grid(images, legend * len(pixels), columns=1 + depth)
+    legend = ["original", *(f"depth {d}" for d in range(1, model.config.depth + 1))]
+    return comparison_grid(reconstructions(model, pixels).unflatten(0, (len(legend), len(pixels))), legend)
 
 
 @torch.no_grad()
@@ -123,19 +85,14 @@ def validation_metrics(
     model: RQVAEModel, batches: Sequence[torch.Tensor], perceptual: LPIPS | None = None
 ) -> dict[str, float]:
     """PSNR in dB, LPIPS if given, and for every depth usage and perplexity, on batches of pixels: `validation/...`."""
-    quality, distances, counts = [], [], 0
+    quality, counts = [], 0
     for pixels in batches:
         pixels = pixels.to(model.device)
         output = model(pixels)
-        quality.append(psnr(pixels, output.sample))
-        if perceptual is not None:
-            distances.append(perceptual(output.sample.clamp(-1, 1), pixels))
+        quality.append(reconstruction_quality(pixels, output.sample, perceptual))
         counts = counts + count_codes(output.codes, model.config.codebook_size)
-    metrics = {"validation/psnr": torch.cat(quality).mean()}
-    if perceptual is not None:
-        metrics["validation/lpips"] = torch.cat(distances).mean()
-    metrics |= usage_metrics(counts, prefix="validation/")
-    return {name: value.item() for name, value in metrics.items()}
+    usage = usage_metrics(counts, prefix="validation/")
+    return validation_means(quality) | {name: value.item() for name, value in usage.items()}
 
 
 def evaluate_reconstructions(

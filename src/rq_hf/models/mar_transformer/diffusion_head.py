@@ -51,6 +51,11 @@ class MARDiffusionHead(nn.Module):
         self.output_modulation = nn.Linear(width, 2 * width)
         self.output_projection = nn.Linear(width, 2 * token_dim)
 
+    @property
+    def no_weight_decay(self) -> list[str]:
+        """All weights, as in the authors' recipe."""
+        return [name for name, _ in self.named_parameters()]
+
     def forward(self, tokens: torch.Tensor, timesteps: torch.Tensor, conditions: torch.Tensor) -> torch.Tensor:
         """
         Args:

@@ -1,0 +1,118 @@
+"""What the converter says about a MAR model: its sizes, and a model card for the Hub."""
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from ..model_cards import model_card
+from ..models import MARTransformerConfig, MARTransformerModel
+from ..models.mar_transformer import MARStackConfig
+
+INTRODUCTION = """\
+Converted with `rq_hf` from a checkpoint of [LTH14/mar](https://github.com/LTH14/mar), the authors' code of
+*Autoregressive Image Generation without Vector Quantization*
+([Li et al., NeurIPS 2024](https://arxiv.org/abs/2406.11838))."""
+
+LICENCE = """\
+## Licence
+
+The authors' code is under the [MIT licence](https://github.com/LTH14/mar/blob/main/LICENSE). They link the weights of
+their models from there and say nothing else about them; these were trained on ImageNet. The code that converted them,
+`rq_hf`, is under Apache-2.0."""
+
+PUBLISHED = {  # preset: name, FID, inception score, guidance scale
+    "mar-base": ("MAR-B", 2.31, 281.7, 2.9),
+    "mar-large": ("MAR-L", 1.78, 296.0, 3.0),
+    "mar-huge": ("MAR-H", 1.55, 303.7, 3.2),
+}
+FIGURES = """\
+## Figures
+
+This model has the sizes of {name}. Of their checkpoint of {name}, the authors
+[report](https://github.com/LTH14/mar#evaluation-imagenet-256x256), on ImageNet 256×256 and 50,000 samples:
+
+| FID | inception score |
+|---|---|
+| {fid} | {inception_score} |
+
+with `num_iterations=256`, `num_inference_steps=100`, `temperature=1.0`, `guidance_scale={guidance_scale}` and the
+linear guidance schedule. The figures are theirs; they were not measured with this conversion."""
+
+AUTOENCODER_USAGE = """from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained(...)
+distribution = vae.encode(pixels).latent_dist  # of pixels (B, 3, height, width) in [-1, 1]
+latents = distribution.sample() * vae.config.scaling_factor
+pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
+TRANSFORMER_USAGE = """from rq_hf import MARTransformerModel
+
+transformer = MARTransformerModel.from_pretrained(...)
+latents = transformer.generate(cond_ids, guidance_scale=3.0)  # classes (B,) -> (B, channels, height, width)"""
+PIPELINE_USAGE = """import rq_hf  # diffusers and transformers then find its classes, too
+
+pipe = rq_hf.MARPipeline.from_pretrained(...)
+pipe(class_labels=[0], guidance_scale=3.0).images[0]"""
+
+
+def mar_card(model: DiffusionPipeline | MARTransformerModel | AutoencoderKL) -> str:
+    """A card with valid Hub metadata, code that loads the model, its sizes, the authors' figures for a model of these
+    sizes, and what is known of the licence."""
+    task, figures = "unconditional-image-generation", ""
+    if isinstance(model, AutoencoderKL):
+        title, usage, tags, task = "KL autoencoder", AUTOENCODER_USAGE, ["image-tokenizer"], None
+    else:
+        title, usage, tags = "MAR with diffusion loss", TRANSFORMER_USAGE, ["mar", "diffusion-loss"]
+        if isinstance(model, DiffusionPipeline):
+            usage = PIPELINE_USAGE
+        figures = published_figures(getattr(model, "transformer", model).config)
+    facts = "\n".join(f"* {fact}" for fact in mar_sizes(model))
+    return model_card(
+        title,
+        usage,
+        introduction=INTRODUCTION,
+        details="\n\n".join(filter(None, (facts, figures, LICENCE))),
+        license="mit",
+        pipeline_tag=task,
+        tags=tags,
+    )
+
+
+def published_figures(config: MARTransformerConfig) -> str:
+    """The authors' figures for a model of these sizes, if there are any."""
+    for preset, (name, fid, inception_score, guidance_scale) in PUBLISHED.items():
+        if parts(config) == parts(MARTransformerConfig.from_preset(preset)):
+            return FIGURES.format(name=name, fid=fid, inception_score=inception_score, guidance_scale=guidance_scale)
+    return ""
+
+
+def parts(config: MARTransformerConfig) -> list[str]:
+    """A line for the tokens, each stack, and the head."""
+    height, width = config.grid_size
+    tokens = f"{height}×{width} tokens of {config.token_dim}"
+    if config.patch_size > 1:
+        tokens += f" (patches of {config.patch_size}×{config.patch_size} latents)"
+    classes = config.cond_vocab_size - (config.null_cond_id is not None)
+    head = config.head_config
+    return [
+        f"{tokens}, conditioned on {classes:,} classes in {config.num_cond_slots} slots",
+        f"encoder: {stack(config.encoder_config)}",
+        f"decoder: {stack(config.decoder_config)}",
+        f"diffusion head: {head.num_hidden_layers} blocks of width {head.hidden_size:,}",
+    ]
+
+
+def stack(config: MARStackConfig) -> str:
+    return (
+        f"{config.num_hidden_layers} blocks of {config.num_attention_heads} heads, width {config.hidden_size:,}, MLP "
+        f"{config.intermediate_size:,}"
+    )
+
+
+def mar_sizes(model: DiffusionPipeline | MARTransformerModel | AutoencoderKL) -> list[str]:
+    if isinstance(model, DiffusionPipeline):
+        return [*mar_sizes(model.vae), *mar_sizes(model.transformer)]
+    if isinstance(model, AutoencoderKL):
+        config = model.config
+        return [
+            f"KL autoencoder: {model.num_parameters():,} parameters; {config.latent_channels} channels, 1/"
+            f"{2 ** (len(config.block_out_channels) - 1)} of height and width, scaling factor {config.scaling_factor}"
+        ]
+    return [f"MAR transformer: {model.num_parameters():,} parameters", *parts(model.config)]
