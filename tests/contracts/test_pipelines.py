@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
-import diffusers
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import apply_layerwise_casting
@@ -44,6 +45,7 @@ class Case:
 
 
 LAYERS = ("qkv_proj", "o_proj", "up_proj", "down_proj")
+LIBRARIES = {"rq_hf": rq_hf, "diffusers": diffusers, "transformers": transformers}
 MAR_LAYERS = (*LAYERS, "linear_1", "linear_2", "modulation")
 
 
@@ -115,8 +117,8 @@ class TestSaving:
         assert getattr(rq_hf, index["_class_name"]) is type(pipe)
         for name, part in parts_of(pipe).items():
             library, class_name = index[name]
-            assert library == {"tokenizer": "transformers", "scheduler": "diffusers"}.get(name, part.__module__.split(".")[0])
-            assert name == "tokenizer" or getattr({"rq_hf": rq_hf, "diffusers": diffusers}[library], class_name) is type(part)
+            assert library in LIBRARIES
+            assert name == "tokenizer" or getattr(LIBRARIES[library], class_name) is type(part)
 
     @pytest.mark.parametrize("wrap", [False, True], ids=["adapter", "PeftModel"])
     def test_models_that_would_lose_their_weights_are_refused(self, case, pipe, tmp_path, wrap):
