@@ -23,7 +23,7 @@ import torch
 from rq_hf import EMOJI_MODEL, RQPipeline, RQVAEModel
 from rq_hf.text import encode_captions, train_tokenizer
 from rq_hf.training import EMA, RQTransformerLoss, choose_soft_label_temperature, create_transformer
-from rq_hf.training.rq_transformer import validation_losses
+from rq_hf.training.pipelines import validation_losses
 
 TEXT_LENGTH, BATCH_SIZE, WARMUP_STEPS = 24, 32, 100
 TEMPERATURE = 0.2

@@ -6,9 +6,10 @@ from processes import run
 from tiny import CONDITIONS, C, D, K, same_state, tiny_pipeline, tiny_pixels, tiny_transformer, tiny_vae
 
 from rq_hf.images import captioned_grid
+from rq_hf.pipelines.pipeline_rq import pipeline_card
 from rq_hf.training import RQTransformerLoss, create_transformer, effective_codewords, load_transformer
 from rq_hf.training.loop import create_accelerator
-from rq_hf.training.rq_transformer import log_samples, pipeline_card, validation_losses
+from rq_hf.training.pipelines import drop_conditions, log_samples, validation_losses
 
 GRID = 4
 
@@ -131,14 +132,14 @@ class TestRQTransformerLoss:
 
     def test_drops_about_the_given_share_of_conditions(self, vae):
         cond_ids = torch.arange(2000)[:, None].expand(-1, 3) % 4
-        dropped = RQTransformerLoss(vae, null_cond_id=4, cond_dropout=0.25).drop_conditions(cond_ids)
+        dropped = drop_conditions(cond_ids, 4, 0.25)
         rows = (dropped == 4).all(dim=1)
         assert torch.equal(dropped[~rows], cond_ids[~rows])
         assert 400 < rows.sum() < 600
 
     def test_without_a_null_condition_drops_none(self, vae):
         cond_ids = torch.zeros(100, 1, dtype=torch.long)
-        assert torch.equal(RQTransformerLoss(vae, cond_dropout=0.9).drop_conditions(cond_ids), cond_ids)
+        assert torch.equal(drop_conditions(cond_ids, None, 0.9), cond_ids)
 
 
 @pytest.mark.parametrize("split", [8, 5, 1])

@@ -436,10 +436,11 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             return 'pipe("red apple")'
         return "pipe(class_labels=0)" if self.is_class_conditional else "pipe(batch_size=4)"
 
-    def card(self, repo_id: str) -> str:
+    def card(self, repo_id: str | None = None, call: str | None = None) -> str:
         """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""
         self._require("transformer")
-        return pipeline_card(self.transformer, self.example_call, model=f'"{repo_id}"')
+        place = "..." if repo_id is None else f'"{repo_id}"'
+        return pipeline_card(self.transformer, call or self.example_call, place)
 
     def compile(self) -> None:
         """Speeds up decoding on the pipeline's current device, on a CPU by decoding one image at a time. See

@@ -25,8 +25,9 @@ class PublishingMixin:
     trust_remote_code=True)` works without `import rq_hf`. Everyone else needs neither the file nor the argument.
     """
 
-    def card(self, repo_id: str) -> str:
-        """The model card of the pipeline, published as `repo_id`."""
+    def card(self, repo_id: str | None = None, call: str | None = None) -> str:
+        """The model card of the pipeline, published as `repo_id`; `call` is the Python expression that samples from
+        `pipe`."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:

@@ -160,7 +160,7 @@ def save_pipeline(
         state_dict: of the transformer, as [`train`] returns it.
         call: Python expression that samples from `pipe`, for the card.
     """
-    card = pipeline.card_with(call)
+    card = pipeline.card(call=call)
     if isinstance(pipeline.transformer, FSDPModule) and accelerator.is_main_process:
         components = pipeline.components | {"transformer": gathered(pipeline.transformer, state_dict)}
         pipeline = type(pipeline)(**components)
