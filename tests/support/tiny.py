@@ -32,7 +32,7 @@ CALLS = {"none": {}, "class": {"class_labels": [0, 2]}, "text": {"prompt": ["red
 HEIGHT, WIDTH = H * F, W * F
 # Size of what a MAR samples whose head predicts little noise: 1 / √ᾱ at the last timestep.
 MAR_SCALE = 2e4
-MAR_CALL = {"num_iterations": 2, "num_inference_steps": 3}
+MAR_CALL = {"num_iterations": 3, "num_inference_steps": 2}
 kinds = pytest.mark.parametrize("kind", KINDS)
 CAPTIONS = ["red apple", "green apple", "fire engine", "red fire", "green engine"]
 
