@@ -114,7 +114,7 @@ def denoise(
         predicted_noise, fraction = head.denoise(inputs, modulations).float().chunk(2, dim=-1)  # (1 or 2, N, C)
         if guidance_scales is not None:
             conditional, null = predicted_noise
-            predicted_noise = (null + guidance_scales * (conditional - null))[None]
+            predicted_noise = torch.lerp(null, conditional, guidance_scales)[None]
         tokens = step(index, tokens, predicted_noise[0], fraction[0])
     return tokens
 
@@ -126,20 +126,20 @@ class AncestralStep:
         process = DiffusionProcess.over(spaced_timesteps(num_steps))
         self.timesteps = process.timesteps.flip(0)
         self._noise, self._temperature = noise, temperature
-        tables = (
-            *(process.sqrt_recip_alphas_cumprod, process.sqrt_recipm1_alphas_cumprod),
-            *(process.posterior_mean_coef1, process.posterior_mean_coef2),
-            *(process.posterior_log_variance_clipped, process.betas.log()),
-        )
-        self._tables = [table.flip(0).float().tolist() for table in tables]
+        # coef1·(recip·x_t − recipm1·ε) + coef2·x_t, as factors of x_t and ε
+        coef1 = process.posterior_mean_coef1
+        token_factor = coef1 * process.sqrt_recip_alphas_cumprod + process.posterior_mean_coef2
+        noise_factor = coef1 * process.sqrt_recipm1_alphas_cumprod
+        tables = (token_factor, noise_factor, process.posterior_log_variance_clipped, process.betas.log())
+        self._tables = [table.flip(0).tolist() for table in tables]
 
     def __call__(self, index, tokens, predicted_noise, fraction) -> torch.Tensor:
-        recip, recipm1, coef1, coef2, smallest, largest = (table[index] for table in self._tables)
-        mean = coef1 * (recip * tokens - recipm1 * predicted_noise) + coef2 * tokens
+        token_factor, noise_factor, smallest, largest = (table[index] for table in self._tables)
+        mean = torch.sub(token_factor * tokens, predicted_noise, alpha=noise_factor)
         if index == len(self.timesteps) - 1:
             return mean
         std = (interpolate(fraction, smallest, largest) / 2).exp()
-        return mean + self._temperature * std * self._noise[1 + index]
+        return torch.addcmul(mean, std, self._noise[1 + index], value=self._temperature)
 
 
 class SchedulerStep:

@@ -137,8 +137,7 @@ def diffusion_loss(
 
 def interpolate(fraction: torch.Tensor, smallest: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Log-variances at the fractions in about [-1, 1] of the way from the smallest to the largest."""
-    share = (fraction + 1) / 2
-    return share * largest + (1 - share) * smallest
+    return (largest + smallest) / 2 + fraction * ((largest - smallest) / 2)
 
 
 def binned_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,8 @@ class MARHeadBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """`(..., w)` and modulation `(..., 3·w)` -> `(..., w)`."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        modulated = self.norm(hidden_states) * (1 + scale) + shift
-        return hidden_states + gate * self.linear_2(F.silu(self.linear_1(modulated)))
+        modulated = torch.addcmul(shift, self.norm(hidden_states), 1 + scale)
+        return torch.addcmul(hidden_states, gate, self.linear_2(F.silu(self.linear_1(modulated))))
 
 
 class MARDiffusionHead(nn.Module):
@@ -92,4 +92,4 @@ class MARDiffusionHead(nn.Module):
             hidden_states = layer(hidden_states, modulation)
         shift, scale = output_modulation.chunk(2, dim=-1)
         hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
-        return self.output_projection(hidden_states * (1 + scale) + shift)
+        return self.output_projection(torch.addcmul(shift, hidden_states, 1 + scale))

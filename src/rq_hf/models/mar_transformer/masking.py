@@ -56,3 +56,8 @@ def positions_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
     largest = int(counts.max())
     positions = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[:, :largest]
     return positions, None if bool((counts == largest).all()) else mask.gather(1, positions)
+
+
+def rows_at(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rows `(..., T, E)` at the positions `(..., n)`: `(..., n, E)`."""
+    return rows.take_along_dim(positions[..., None], dim=-2)

@@ -19,11 +19,12 @@ from transformers.utils import ModelOutput
 
 from ...argument_checks import check_dense, check_floating, check_instance, check_int64, check_range, check_shape
 from ..conditional_model import ConditionalModelMixin
+from .acceleration import MARAccelerationMixin
 from .configuration_mar_transformer import MARStackConfig, MARTransformerConfig
 from .diffusion import NUM_TRAIN_TIMESTEPS, add_noise, diffusion_loss
 from .diffusion_head import MARDiffusionHead
 from .generation_mar_transformer import MARGenerationMixin
-from .masking import positions_of, random_mask
+from .masking import positions_of, random_mask, rows_at
 
 
 @dataclass
@@ -76,7 +77,7 @@ class MARAttention(nn.Module):
         qkv = self.qkv_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
         if queries is not None:
-            query = query.gather(2, queries[:, None, :, None].expand(-1, query.shape[1], -1, self.head_dim))
+            query = rows_at(query, queries[:, None])
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -165,7 +166,7 @@ class MARStack(MARPreTrainedModel):
         return self.norm(last(hidden_states, attention_mask, queries))
 
 
-class MARTransformerModel(MARGenerationMixin, ConditionalModelMixin, MARPreTrainedModel):
+class MARTransformerModel(MARAccelerationMixin, MARGenerationMixin, ConditionalModelMixin, MARPreTrainedModel):
     r"""
     Models continuous tokens in any order: p(hidden tokens | visible tokens, condition). Encoder and decoder give a
     vector z for every hidden position (section 3.4); p(token | z) is what the diffusion head samples (section 3.2).
@@ -398,8 +399,3 @@ class MARTransformerModel(MARGenerationMixin, ConditionalModelMixin, MARPreTrain
                 'images that hide different numbers of tokens need attn_implementation "sdpa" or "eager", '
                 f"got {implementation!r}"
             )
-
-
-def rows_at(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Rows `(B, T, E)` at the positions `(B, n)`: `(B, n, E)`."""
-    return rows.gather(1, positions[..., None].expand(-1, -1, rows.shape[-1]))

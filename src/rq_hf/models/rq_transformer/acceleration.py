@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..offloading import check_not_group_offloaded
+from ..packing import PackedBlock, PackedLinear, linear_layers_of_blocks, pack_linear_layers
 from .classifier import RQClassifier
 from .key_value_cache import MaskedKeyValueCache, StaticKeyValueCache
 
@@ -34,22 +34,9 @@ class RQAccelerationMixin:
             return
         if self._compile_options is not None:
             raise ValueError("cannot pack a model after compile_steps; reload it")
-        check_not_group_offloaded(self)
-        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"weights can be packed on a CPU in float32 or bfloat16, got a model on {self.device} in {self.dtype}"
-            )
-        if not torch.backends.mkldnn.is_available():
-            raise ValueError("weights are packed for oneDNN, which this build of torch lacks")
-        places = list(linear_layers(self))
-        for parent, name in places:
-            check_packable(getattr(parent, name))
-        self.requires_grad_(False)
-        for parent, name in places:
-            linear = getattr(parent, name)
-            setattr(parent, name, PackedLinear(linear.weight, linear.bias))
+        pack_linear_layers(self, linear_layers(self))
         for stack in (self.spatial_stack, self.depth_stack):
-            stack.layers = nn.ModuleList([PackedBlock(block) for block in stack.layers])
+            stack.layers = nn.ModuleList([PackedRQBlock(block) for block in stack.layers])
         self.classifier = PackedClassifier(self.classifier)
 
     @property
@@ -121,105 +108,29 @@ class RQAccelerationMixin:
             self._kept_caches[shape] = cache
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def linear_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The linear layers of an RQ-Transformer, as (parent, name)."""
     names = ("code_projection", "depth_projection", "cond_classifier")
-    yield from ((model, name) for name in names if hasattr(model, name))
-    for block in (*model.spatial_stack.layers, *model.depth_stack.layers):
-        yield from ((block.self_attn, name) for name in ("qkv_proj", "o_proj"))
-        yield from ((block.mlp, name) for name in ("up_proj", "down_proj"))
+    blocks = (*model.spatial_stack.layers, *model.depth_stack.layers)
+    return [(model, name) for name in names if hasattr(model, name)] + linear_layers_of_blocks(blocks)
 
 
-def check_packable(linear: nn.Module) -> None:
-    """Raises `ValueError` for a layer that is quantized, wrapped by an adapter, or not in memory."""
-    kind = type(linear.weight) if type(linear) is nn.Linear else type(linear)
-    if kind is not nn.Parameter:
-        raise ValueError(
-            f"only plain nn.Linear weights can be packed, got {kind}; merge adapters or load without quantization"
-        )
-    if linear.weight.is_meta:
-        raise ValueError("only weights in memory can be packed, got weights on disk or on the meta device")
-
-
-class PackedLinear(nn.Module):
-    """
-    `nn.Linear` for inference on a CPU, its weight in the layout of oneDNN. A state dict has the plain weight.
-
-    Cannot be moved or cast: raises `ValueError`.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    def forward(self, inputs: torch.Tensor, activation: str = "none", add: torch.Tensor | None = None) -> torch.Tensor:
-        """The linear map, followed by `"none"`, `"relu"` or the exact `"gelu"`, or by adding a tensor."""
-        if add is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(inputs, add, self.packed, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise.default(inputs, self.packed, self.bias, activation, [], "none")
-
-    def _apply(self, fn, recurse=True):
-        moved = fn(torch.empty(0, dtype=self.packed.dtype))
-        if (moved.device.type, moved.dtype) != ("cpu", self.packed.dtype):
-            raise ValueError(
-                f"packed weights stay on the CPU in {self.packed.dtype}, got {moved.device} and {moved.dtype}; "
-                "reload the model"
-            )
-        return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[f"{prefix}weight"] = self.packed.to_dense()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    # Copies and pickles hold the plain weight: tensors in the layout of oneDNN have no storage.
-    def __getstate__(self):
-        return self.__dict__ | {"packed": self.packed.to_dense()}
-
-    def __setstate__(self, state):
-        super().__setstate__(state | {"packed": torch.ops.mkldnn._reorder_linear_weight(state["packed"])})
-
-
-class PackedBlock(nn.Module):
-    """
-    An `RQBlock` with packed layers, without dropout; names of weights stay.
-
-    GELU and sums are part of the linear layers. The layers are looked up once and called without hooks: module calls
-    and attribute look-ups cost as much as the arithmetic at batch size 1.
-    """
+class PackedRQBlock(PackedBlock):
+    """An `RQBlock` with packed layers."""
 
     def __init__(self, block: nn.Module):
-        super().__init__()
-        self.attention_norm, self.self_attn = block.attention_norm, block.self_attn
-        self.mlp_norm, self.mlp = block.mlp_norm, block.mlp
-        self._layer_idx, self._head_dim = block.self_attn.layer_idx, block.self_attn.head_dim
-        self._normalize_attention, self._normalize_mlp = layer_norm(block.attention_norm), layer_norm(block.mlp_norm)
-        self._qkv_proj, self._o_proj = block.self_attn.qkv_proj.forward, block.self_attn.o_proj.forward
-        self._up_proj, self._down_proj = block.mlp.up_proj.forward, block.mlp.down_proj.forward
-        self._fuses_activation = block.self_attn.config.hidden_act == "gelu"
+        super().__init__(block)
+        self._layer_idx = block.self_attn.layer_idx
 
     def forward(self, hidden_states: torch.Tensor, past_key_values=None) -> torch.Tensor:
-        batch_size, length, hidden_size = hidden_states.shape
-        qkv = self._qkv_proj(self._normalize_attention(hidden_states))
-        qkv = qkv.view(batch_size, length, 3, -1, self._head_dim).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, dim)
+        qkv = self._queries_keys_values(hidden_states)
         query, keys_values = qkv[0], qkv[1:]
         if past_key_values is not None:
             keys_values = past_key_values.update(keys_values, self._layer_idx)
         key, value = keys_values
-        output = F.scaled_dot_product_attention(query.to(key.dtype), key, value, is_causal=length > 1)
-        output = output.transpose(1, 2).reshape(batch_size, length, hidden_size)
-        hidden_states = self._o_proj(output.to(hidden_states.dtype), add=hidden_states)
-
-        inputs = self._normalize_mlp(hidden_states)
-        if self._fuses_activation:
-            return self._down_proj(self._up_proj(inputs, activation="gelu"), add=hidden_states)
-        return self._down_proj(self.mlp.act_fn(self._up_proj(inputs)), add=hidden_states)
-
-
-def layer_norm(norm: nn.LayerNorm) -> Callable:
-    return partial(
-        torch.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps
-    )
+        is_causal = query.shape[2] > 1
+        output = F.scaled_dot_product_attention(query.to(key.dtype), key, value, is_causal=is_causal)
+        return self._after_attention(hidden_states, output)
 
 
 class PackedClassifier(RQClassifier):
