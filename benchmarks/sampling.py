@@ -31,15 +31,10 @@ whichever is longer; both rates are measured. Aims, in speed relative to the aut
 """
 
 import argparse
-import time
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from measure import least_seconds, peak_mebibytes
+from measure import least_seconds, machine_rates, peak_mebibytes, shares
 from samplers import C, Case, D, transformer_sampler, vae_sampler, weights_of_position
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,47 +58,6 @@ def make_sampler(case, name, reference):
 
 def make_step(*args):
     return make_sampler(*args)[0]
-
-
-def shares(run, parts):
-    """The shares of the parts in the time of a batch."""
-    seconds = dict.fromkeys(parts, 0.0)
-
-    def timed(name, function):
-        def wrapper(*args, **kwargs):
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            seconds[name] += time.perf_counter() - started
-            return result
-
-        return wrapper
-
-    with ExitStack() as patches:
-        for name, method in parts.items():
-            patches.enter_context(patch.object(*method, timed(name, getattr(*method))))
-        started = time.perf_counter()
-        run()
-        total = time.perf_counter() - started
-    seconds["rest"] = total - sum(seconds.values())
-    return ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items())
-
-
-@cache
-def machine_rates(threads):
-    """What this machine does with this many threads: operations per second by dtype, bytes read per second."""
-    torch.set_num_threads(threads)
-    memory = torch.ones(2**27)  # 512 MiB
-    steps, dtypes = {"read": memory.sum}, (torch.float32, torch.bfloat16)
-    for dtype in dtypes:
-        a = torch.randn(2048, 2048, dtype=dtype)
-        steps[dtype, "linear"] = partial(F.linear, a, a)
-        steps[dtype, "convolution"] = partial(F.conv2d, a.view(1, 2048, 32, 64), a.view(2048, 2048, 1, 1))
-    seconds = least_seconds(steps, repeats=5)
-    products = {dtype: min(seconds[dtype, "linear"], seconds[dtype, "convolution"]) for dtype in dtypes}
-    rates = {dtype: 2 * 2048**3 / products[dtype] for dtype in dtypes}, memory.nbytes / seconds["read"]
-    products = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates[0].items())
-    print(f"{threads} thread(s): matrix product {products}; memory {rates[1] / 1e9:.0f} GB/s")
-    return rates
 
 
 def bound(case, dtype):

@@ -443,10 +443,17 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         return pipeline_card(self.transformer, call or self.example_call, place)
 
     def compile(self) -> None:
-        """Speeds up decoding on the pipeline's current device, on a CPU by decoding one image at a time. See
-        [`RQVAEModel.fuse_blocks`]."""
+        """
+        Speeds up sampling on a CPU, and decoding; latents stay the same, up to rounding.
+
+        On a CPU: [`MARTransformerModel.pack_weights`], after which the pipeline can no longer be moved or cast, and
+        decoding one image at a time. For decoding with an `RQVAEModel` see [`RQVAEModel.fuse_blocks`].
+        """
+        on_cpu = self._execution_device.type == "cpu"
+        if self.transformer is not None and on_cpu:
+            self.transformer.pack_weights()
         if self.vae is not None:
-            if self._execution_device.type == "cpu":
+            if on_cpu:
                 self.vae.enable_slicing()
             if isinstance(self.vae, RQVAEModel):
                 self.vae.fuse_blocks()
