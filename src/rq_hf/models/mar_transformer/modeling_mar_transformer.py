@@ -269,6 +269,12 @@ class MARTransformerModel(MARGenerationMixin, ConditionalModelMixin, MARPreTrain
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers, which would warn about the head: it has no attention."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = dict.fromkeys(("", "encoder_config", "decoder_config"), attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, channels, height, width)` -> tokens `(B, T, C)`; within a token channels, then rows, then
         columns of the patch."""
