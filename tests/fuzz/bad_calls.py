@@ -33,6 +33,7 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
+from rq_hf.models import continuous_latents
 
 VOCABULARY = tiny.CONDITIONS["text"]["cond_vocab_size"]
 LATENT_CHANNELS = 10
@@ -40,9 +41,10 @@ LATENT_CHANNELS = 10
 
 @functools.cache
 def shared(make, *arguments):
-    """One for all cases, for calls that do not change it."""
-    torch.manual_seed(0)
-    return make(*arguments)
+    """One for all cases, for calls that do not change it; to make it changes no random state."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make(*arguments)
 
 
 def pil(mode="RGB", size=(WIDTH, HEIGHT)):
@@ -79,6 +81,8 @@ NAMES |= vars(tiny) | {
     "examples": examples,
     "GenerationConfig": generation_config,
     "vae": lambda: shared(tiny.tiny_vae),
+    "kl": lambda: shared(tiny.tiny_kl),
+    "continuous_latents": continuous_latents,
     "transformer": lambda kind: shared(tiny.tiny_transformer, kind),
     "pipe": lambda kind: shared(tiny.tiny_pipeline, kind),
     "tokenizer": lambda: shared(tiny.tiny_tokenizer),
@@ -786,6 +790,27 @@ def _collated(collate):
 
 
 columns = {"image_column": "'image'", "resolution": "8"}
+CONTINUOUS_LATENTS = [
+    Target(
+        "continuous_latents.encode_latents",
+        {"vae": "kl()", "pixels": "tiny_pixels()"},
+        {"vae": anything("vae(); kl(); None; 'kl'; lpips()", lambda v: hasattr(v, "config")), "pixels": even_pixels},
+        {"pixels": "height and width"},
+        **anywhere,
+    ),
+    Target(
+        "continuous_latents.sample_latents",
+        {"vae": "vae()", "moments": "torch.randn(2, 6, 2, 3)"},
+        {"moments": floats(None, C, None, None, finite=False)},
+        **anywhere,
+    ),
+    Target(
+        "continuous_latents.decode_latents",
+        {"vae": "vae()", "latents": "torch.randn(2, 6, 2, 3)"},
+        {"latents": floats(None, C, None, None, finite=False)},
+        **anywhere,
+    ),
+]
 COLLATORS = [
     Target(
         "data.ImageCollator",
@@ -848,7 +873,7 @@ COLLATORS = [
                 ),
             )
         },
-        {"examples": "label of example 0|image of example 0"},
+        {"examples": "label of example 0|image of example 0|no column"},
     ),
     Target(
         "data.ImageCollator('image', 8, text_column='text', tokenizer=tokenizer())",
@@ -864,7 +889,13 @@ COLLATORS = [
     Target(
         "data.latents_to_bytes",
         {"latents": "torch.randn(2, 2, 3, 6)"},
-        {"latents": floats(None, None, None, None, finite=False)},
+        {
+            "latents": floats(None, None, None, None, finite=False),
+            "dtype": anything(
+                "torch.float32; torch.bfloat16; torch.float16; torch.int64; 'float32'; None; 2",
+                lambda v: v in (torch.float32, torch.bfloat16),
+            ),
+        },
         **anywhere,
     ),
     Target(
@@ -981,6 +1012,14 @@ TRAINING = [
         probe=lambda loss: loss(shared(tiny.tiny_vae), {"pixels": tiny.tiny_pixels()}).loss,
     ),
     Target(
+        "training.AutoencoderKLLoss",
+        {"model": "training.AutoencoderKLForTraining(kl())"},
+        {"reconstruction_loss": one_of("mse", "l1"), "kl_weight": at_least_0, "perceptual_weight": at_least_0},
+        probe=lambda loss: (
+            loss(training.AutoencoderKLForTraining(shared(tiny.tiny_kl)), {"pixels": tiny.tiny_pixels()}).loss
+        ),
+    ),
+    Target(
         "training.RQTransformerLoss",
         {"vae": "vae()", "null_cond_id": "4"},
         {
@@ -1021,4 +1060,15 @@ TRAINING = [
     ),
 ]
 
-TARGETS = [*QUANTIZER, *VAE, *CONFIGS, *TRANSFORMER, *PIPELINE, *METRICS, *COLLATORS, *TEXT, *TRAINING]
+TARGETS = [
+    *QUANTIZER,
+    *VAE,
+    *CONFIGS,
+    *TRANSFORMER,
+    *PIPELINE,
+    *METRICS,
+    *CONTINUOUS_LATENTS,
+    *COLLATORS,
+    *TEXT,
+    *TRAINING,
+]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
-from tiny import C, tiny_kl, tiny_pixels, tiny_vae
+from tiny import MAR_SCALE, C, tiny_kl, tiny_pixels, tiny_vae
 
 from rq_hf import RQVAEModel
 from rq_hf.models.continuous_latents import (
@@ -28,18 +28,17 @@ def no_grad():
 @each_kind
 def test_shapes(kind):
     vae = MAKERS[kind]()
-    channels = C if kind == "rq" else vae.config.latent_channels
     moments = encode_moments(vae, tiny_pixels(2, 4, 6))
-    assert latent_shape(vae) == (channels, 4, 4)
+    assert latent_shape(vae) == (C, 4, 4)
     assert pixels_per_latent(vae) == (2, 2)
-    assert moments.shape == (2, channels if kind == "rq" else 2 * channels, 2, 3)
+    assert moments.shape == (2, C if kind == "rq" else 2 * C, 2, 3)
     latents = sample_latents(vae, moments)
-    assert latents.shape == encode_latents(vae, tiny_pixels(2, 4, 6)).shape == (2, channels, 2, 3)
+    assert latents.shape == encode_latents(vae, tiny_pixels(2, 4, 6)).shape == (2, C, 2, 3)
     assert decode_latents(vae, latents).shape == (2, 3, 4, 6)
 
 
 def test_shapes_of_images_that_are_not_square():
-    assert latent_shape(tiny_kl(sample_size=(8, 12))) == (5, 4, 6)
+    assert latent_shape(tiny_kl(sample_size=(8, 12))) == (C, 4, 6)
 
 
 def test_codes_that_cover_patches_are_one_latent_each():
@@ -59,10 +58,10 @@ def test_latents_of_an_autoencoder_kl_are_those_of_diffusers(shift, has_convolut
     posterior = vae.encode(pixels).latent_dist
     moments = encode_moments(vae, pixels)
     assert torch.equal(moments, posterior.parameters)
-    torch.testing.assert_close(encode_latents(vae, pixels), (posterior.mode() - offset) * 0.7)
+    torch.testing.assert_close(encode_latents(vae, pixels), (posterior.mode() - offset) * MAR_SCALE)
     actual = sample_latents(vae, moments, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(actual, (posterior.sample(torch.Generator().manual_seed(1)) - offset) * 0.7)
-    torch.testing.assert_close(decode_latents(vae, actual), vae.decode(actual / 0.7 + offset).sample)
+    torch.testing.assert_close(actual, (posterior.sample(torch.Generator().manual_seed(1)) - offset) * MAR_SCALE)
+    torch.testing.assert_close(decode_latents(vae, actual), vae.decode(actual / MAR_SCALE + offset).sample)
 
 
 def test_one_generator_per_image_samples_each_one_alone():
@@ -140,8 +139,8 @@ def test_refuses_other_classes(vae):
     ("config", "message"),
     [
         ({"scaling_factor": 0.0}, "scaling_factor must be greater than 0, got 0.0"),
-        ({"latents_mean": [0.0] * 5}, "latents_mean must be None"),
-        ({"latents_std": [1.0] * 5}, "latents_std must be None"),
+        ({"latents_mean": [0.0] * C}, "latents_mean must be None"),
+        ({"latents_std": [1.0] * C}, "latents_std must be None"),
         ({"shift_factor": float("nan")}, "shift_factor must be finite, got nan"),
     ],
 )

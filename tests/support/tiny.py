@@ -55,19 +55,6 @@ def tiny_vae(**overrides):
     return vae
 
 
-def tiny_kl(**overrides):
-    config = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-        "latent_channels": 5,
-        "sample_size": 8,
-        "scaling_factor": 0.7,
-    }
-    return AutoencoderKL(**config | overrides).eval()
-
-
 def tiny_config(kind="none", **overrides):
     config = {
         "code_shape": (H, W, D),
@@ -96,8 +83,18 @@ def tiny_pipeline(kind="none", **overrides):
     return pipe
 
 
-def tiny_mar_kl(**overrides):
-    return tiny_kl(latent_channels=C, **overrides)
+def tiny_kl(**overrides):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": C,
+        "sample_size": 8,
+        "scaling_factor": MAR_SCALE,
+    }
+    return AutoencoderKL(**config | overrides).eval()
 
 
 def tiny_mar_config(kind="none", **overrides):
@@ -122,7 +119,7 @@ def tiny_mar(kind="none", **overrides):
     return model
 
 
-def tiny_mar_pipeline(kind="none", vae=tiny_mar_kl, **overrides):
+def tiny_mar_pipeline(kind="none", vae=tiny_kl, **overrides):
     vae = vae(scaling_factor=MAR_SCALE)
     pipe = MARPipeline(vae, tiny_mar(kind, **overrides), tokenizer=tiny_tokenizer() if kind == "text" else None)
     pipe.set_progress_bar_config(disable=True)
