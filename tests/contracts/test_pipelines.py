@@ -25,7 +25,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import CAPTIONS, MAR_CALL, NUM_CLASSES, same_state, tiny_mar_kl, tiny_mar_pipeline, tiny_pipeline, tiny_vae
+from tiny import CAPTIONS, MAR_CALL, NUM_CLASSES, same_state, tiny_kl, tiny_mar_pipeline, tiny_pipeline, tiny_vae
 from torch import nn
 from transformers import AutoModel
 
@@ -66,7 +66,7 @@ PIPELINES = {
     "unconditional": Case(partial(tiny_pipeline, "none"), lambda numbers: {"batch_size": len(numbers)}, LAYERS),
     "class": Case(partial(tiny_pipeline, "class"), classes, LAYERS),
     "text": Case(partial(tiny_pipeline, "text"), prompts, LAYERS),
-    "MAR, class, KL": mar("class", tiny_mar_kl, classes),
+    "MAR, class, KL": mar("class", tiny_kl, classes),
     "MAR, text, RQ-VAE": mar("text", tiny_vae, prompts),
 }
 
