@@ -442,7 +442,7 @@ BAD_CALLS = [
     ("none", {"known_latents": tiny_latents(2), "mask": SOME}, ValueError, "known_latents must be one, or one per"),
     ("none", {"known_latents": tiny_latents(1)[:, 1:], "mask": SOME}, ValueError, "known_latents must have the shape"),
     ("none", {"known_latents": tiny_latents(1) * float("nan"), "mask": SOME}, ValueError, "known_latents must be fin"),
-    ("none", IMAGE | {"mask_image": torch.zeros(HEIGHT, WIDTH)}, ValueError, "hide at least one token"),
+    ("none", IMAGE | {"mask_image": torch.zeros(HEIGHT, WIDTH)}, ValueError, "mask_image must be white somewhere"),
     ("none", IMAGE | {"mask_image": torch.ones(WIDTH, HEIGHT)}, ValueError, r"mask_image must have the shape \(B, 4"),
     ("none", IMAGE | {"mask_image": torch.ones(HEIGHT, WIDTH) * 255}, ValueError, r"mask_image must lie in \[0, 1\]"),
     ("none", IMAGE | {"mask_image": np.ones((HEIGHT, WIDTH), int)}, TypeError, "mask_image must be floating point"),

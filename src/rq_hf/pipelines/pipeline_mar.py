@@ -20,7 +20,15 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedTokenizerBase
 
-from ..argument_checks import check_choice, check_dense, check_finite, check_instance, check_number, check_size
+from ..argument_checks import (
+    check_choice,
+    check_dense,
+    check_finite,
+    check_instance,
+    check_number,
+    check_size,
+    check_values,
+)
 from ..model_cards import model_card, pipeline_usage
 from ..models import MARTransformerConfig, MARTransformerModel, RQVAEModel, continuous_latents
 from ..models.continuous_latents import Autoencoder
@@ -410,7 +418,10 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
 
     def _mask_of_image(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """The tokens that a mask of pixels hides, `(B, T)`."""
-        return mask_tokens(prepare_mask_image(mask_image, *self._image_size), self._pixels_per_token)
+        pixel_mask = prepare_mask_image(mask_image, *self._image_size)
+        if not pixel_mask.flatten(1).any(dim=1).all():
+            raise ValueError("mask_image must be white somewhere, got a mask that hides nothing")
+        return mask_tokens(pixel_mask, self._pixels_per_token)
 
     def _encode_given(self, image: PipelineImageInput, num_samples: int, max_batch_size: int) -> torch.Tensor:
         """Latents of one image, or one per sampled image."""
@@ -494,6 +505,8 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         `"pt"`)."""
         self._require("vae")
         check_choice("output_type", output_type, IMAGE_TYPES)
+        check_dense("latents", latents)
+        check_values("latents", latents)
         return self.image_processor.postprocess(self._decode(latents), output_type=output_type)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
