@@ -1,5 +1,5 @@
 """
-Peak memory and time of converting a synthetic checkpoint of the size of the published 1.4B model (Linux).
+Peak memory and time of converting synthetic checkpoints of the size of the 1.4B RQ model and of MAR-L (Linux).
 
     python benchmarks/conversion_memory.py
 
@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers import AutoencoderKL
 
-from rq_hf import RQTransformerModel, RQVAEModel
+from rq_hf import MARTransformerConfig, MARTransformerModel, RQTransformerModel, RQVAEModel
 from rq_hf.convert.configs import Section, rqtransformer_config, rqvae_config
+from rq_hf.convert.mar_weights import mar_parts
 from rq_hf.convert.weights import rqtransformer_parts, rqvae_parts
+from rq_hf.models.presets import load_preset
 
 RQVAE = """
 arch:
@@ -52,8 +55,8 @@ def memory(name):
     lines = dict(line.split(":") for line in open("/proc/self/status"))
     return int(lines[name].split()[0]) * 1024 / 1e9
 start = time.perf_counter()
-model = rq_hf.convert_original_checkpoint(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
-print(f"{time.perf_counter() - start:.0f} s, peak {memory('VmHWM'):.2f} GB")
+model = {call}
+print(f"{{time.perf_counter() - start:.0f}} s, peak {{memory('VmHWM'):.2f}} GB")
 """
 
 
@@ -69,25 +72,44 @@ def random_weights(model: torch.nn.Module, parts_of) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def write_rq(folder: Path) -> str:
+    """Writes both stages, and returns the call that converts them."""
+    with torch.device("meta"):
+        vae = RQVAEModel(**rqvae_config(Section(yaml.safe_load(RQVAE))))
+        transformer = RQTransformerModel(rqtransformer_config(Section(yaml.safe_load(RQTRANSFORMER)), True))
+    for stage, config, model, parts_of in (
+        ("stage1", RQVAE, vae, rqvae_parts),
+        ("stage2", RQTRANSFORMER, transformer, rqtransformer_parts),
+    ):
+        (folder / stage).mkdir()
+        (folder / stage / "config.yaml").write_text(config)
+        torch.save({"state_dict": random_weights(model, parts_of)}, folder / stage / "model.pt")
+    return f"rq_hf.convert_original_checkpoint({str(folder)!r}, *sys.argv[1:])"
+
+
+def write_mar(folder: Path) -> str:
+    """Writes a transformer with its moving average and an autoencoder, and returns the call that converts them."""
+    with torch.device("meta"):
+        transformer = MARTransformerModel(MARTransformerConfig.from_preset("mar-large"))
+        vae = AutoencoderKL(**load_preset("mar-large", "autoencoder_kl"))
+    checkpoint, kl = folder / "checkpoint-last.pth", folder / "kl16.ckpt"
+    torch.save({name: random_weights(transformer, mar_parts) for name in ("model", "model_ema")}, checkpoint)
+    torch.save({"model": random_weights(vae, rqvae_parts)}, kl)
+    return f"rq_hf.convert_mar_checkpoint({str(checkpoint)!r}, *sys.argv[1:], vae={str(kl)!r})"
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "checkpoint")
-        with torch.device("meta"):
-            vae = RQVAEModel(**rqvae_config(Section(yaml.safe_load(RQVAE))))
-            transformer = RQTransformerModel(rqtransformer_config(Section(yaml.safe_load(RQTRANSFORMER)), True))
-        for stage, config, state_dict in (
-            ("stage1", RQVAE, random_weights(vae, rqvae_parts)),
-            ("stage2", RQTRANSFORMER, random_weights(transformer, rqtransformer_parts)),
-        ):
-            (source / stage).mkdir(parents=True)
-            (source / stage / "config.yaml").write_text(config)
-            torch.save({"state_dict": state_dict}, source / stage / "model.pt")
-        size = sum(file.stat().st_size for file in source.rglob("*.pt")) / 1e9
-        print(f"checkpoint: {size:.2f} GB")
-        for kind, destination in (("written to a folder", [str(Path(folder, "converted"))]), ("in memory", [])):
-            command = [sys.executable, "-c", CONVERT, str(source), *destination]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            print(f"converted, {kind}: {output.splitlines()[-1]}")
+    for write in (write_rq, write_mar):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "checkpoint")
+            source.mkdir()
+            call = write(source)
+            size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file()) / 1e9
+            print(f"checkpoint: {size:.2f} GB")
+            for kind, destination in (("written to a folder", [str(Path(folder, "converted"))]), ("in memory", [])):
+                command = [sys.executable, "-c", CONVERT.format(call=call), *destination]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                print(f"converted, {kind}: {output.splitlines()[-1]}")
 
 
 if __name__ == "__main__":

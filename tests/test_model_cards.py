@@ -6,7 +6,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from rq_hf import PRESETS, RQTransformerConfig, RQTransformerModel
+from rq_hf import PRESETS, MARTransformerConfig, MARTransformerModel, RQTransformerConfig, RQTransformerModel
+from rq_hf.convert import mar_card
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
 FID, REJECTION = "FID", "FID, 5 % rejection sampling"
@@ -26,7 +27,7 @@ PUBLISHED = {  # card: preset and figures
 
 
 def test_every_published_checkpoint_has_a_card():
-    assert {path.stem for path in FOLDER.glob("*.md")} == {*PUBLISHED, "emoji"}
+    assert {path.stem for path in FOLDER.glob("*.md")} == {*PUBLISHED, *mar_card.PUBLISHED, "emoji"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -55,3 +56,23 @@ def test_the_text_agrees_with_the_metadata_and_the_preset(name):
     assert "**no commercial use**" in card.text
     assert ("**inferred**" in card.text) == (name == "cc3m-cc12m-yfcc-3.9b")
     assert f"models/{name}" in card.text and "python -m rq_hf.convert" in card.text
+
+
+@pytest.mark.parametrize("name", mar_card.PUBLISHED)
+def test_cards_of_mar(name):
+    card = ModelCard.load(FOLDER / f"{name}.md")
+    title, fid, inception_score, guidance_scale = mar_card.PUBLISHED[name]
+    assert card.data.license == "mit" and card.data.library_name == "rq_hf"
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert {kind: result.metric_value for kind, result in results.items()} == {
+        "fid": fid,
+        "inception_score": inception_score,
+    }
+    assert {result.source_url for result in results.values()} == {"https://github.com/LTH14/mar"}
+    with torch.device("meta"):
+        transformer = MARTransformerModel(MARTransformerConfig.from_preset(name))
+    assert f"{transformer.num_parameters():,} parameters" in card.text and f"`{name}`" in card.text
+    table = card.text.partition("## Figures")[2]
+    assert all(str(number) in table for number in (fid, inception_score, guidance_scale))
+    assert "the authors', as published" in table and "say nothing else about them" in table
+    assert card.text.lstrip().startswith(f"# {title}") and f"models/{name}" in card.text

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ._registration import register
-from .convert import convert_original_checkpoint
+from .convert import convert_mar_checkpoint, convert_original_checkpoint
 from .models import (
     PRESETS,
     MARHeadConfig,
@@ -41,5 +41,6 @@ __all__ = [
     "RQTransformerModel",
     "RQVAEModel",
     "ResidualQuantizer",
+    "convert_mar_checkpoint",
     "convert_original_checkpoint",
 ]

@@ -16,7 +16,19 @@ import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from tiny import same_state, tiny_codes, tiny_condition, tiny_pixels, tiny_transformer, tiny_vae
+from tiny import (
+    MAR_CALL,
+    C,
+    T,
+    same_state,
+    tiny_codes,
+    tiny_condition,
+    tiny_latents,
+    tiny_mar,
+    tiny_pixels,
+    tiny_transformer,
+    tiny_vae,
+)
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import find_labels
@@ -30,7 +42,7 @@ class Contract(NamedTuple):
     loss: Callable  # output of a training pass -> scalar
     uses: Callable  # (model, inputs) -> the results of all its public methods
     auto_classes: tuple
-    accelerate: Callable  # (model) -> None, in place
+    accelerate: Callable | None = None  # (model) -> None, in place
     labels: tuple[str, ...] = ()  # the arguments that `transformers.Trainer` evaluates against
     float32: tuple[str, ...] = ()  # prefixes of the weights that stay so in half precision
 
@@ -72,6 +84,36 @@ def transformer_contract(kind):
     )
 
 
+def uses_of_mar(model, inputs):
+    latents, mask = inputs["latents"], inputs["mask"]
+    settings = {"cond_ids": inputs.get("cond_ids"), "generator": list(range(len(latents)))} | MAR_CALL
+    tokens = model.patchify(latents)
+    return [
+        *model(**inputs, return_dict=False),
+        *(tokens, model.unpatchify(tokens), model.generate(**settings, num_images=len(latents))),
+        model.generate(**settings, known_latents=latents, mask=mask),
+    ]
+
+
+def inputs_of_mar(kind, batch_size):
+    """With all that is random, so that the loss is not."""
+    mask = torch.arange(T) < torch.arange(batch_size)[:, None] % 3 + 3  # different numbers of tokens
+    noise, timesteps = torch.randn(2, batch_size, T, C), torch.randint(1000, (2, batch_size, T))
+    inputs = {"latents": tiny_latents(batch_size), "mask": mask, "noise": noise, "timesteps": timesteps}
+    cond_ids = tiny_condition(kind, batch_size)
+    return inputs | ({} if cond_ids is None else {"cond_ids": cond_ids})
+
+
+def mar_contract(kind):
+    return Contract(
+        build=partial(tiny_mar, kind),
+        inputs=partial(inputs_of_mar, kind),
+        loss=lambda output: output.loss,
+        uses=uses_of_mar,
+        auto_classes=(transformers.AutoModel, diffusers.AutoModel),
+    )
+
+
 MODELS = {
     "RQVAEModel": Contract(
         build=tiny_vae,
@@ -85,6 +127,9 @@ MODELS = {
     "RQTransformerModel": transformer_contract("none"),
     "RQTransformerModel, class": transformer_contract("class"),
     "RQTransformerModel, text": transformer_contract("text"),
+    "MARTransformerModel": mar_contract("none"),
+    "MARTransformerModel, class": mar_contract("class"),
+    "MARTransformerModel, text": mar_contract("text"),
 }
 
 models = pytest.mark.parametrize("contract", MODELS.values(), ids=MODELS)

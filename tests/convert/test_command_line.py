@@ -122,7 +122,9 @@ def test_names_reach_the_terminal_without_control_characters(tmp_path, monkeypat
     archive = pack(folder, tmp_path / "church.tar")
     run_main(monkeypatch, archive, tmp_path / "model")
     messages = [capsys.readouterr().out]
-    assert messages[0].count(r"\x1b]0;evil\x07\n\x9b31m") == 6  # two stages in three lines, and three names
+    assert (
+        messages[0].count(r"\x1b]0;evil\x07\n\x9b31m") == 7
+    )  # a file and its config.yaml in two lines each, and three names
     for state_dict in (1, {evil: 1}, {evil: torch.ones(1)}):
         shutil.rmtree(folder)
         write(folder, yaml.safe_load(RQVAE_CONFIG), state_dict, **{evil: 1})

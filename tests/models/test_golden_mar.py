@@ -150,7 +150,7 @@ def test_head(case):
     model, io = model_and_records(case)
     x, t, conditions = (io[f"in/net/{name}"] for name in "xtc")
     close(model.head(x, t, conditions), io["out/net/output"])
-    close(model.head.embed_timesteps(t), io["out/net/time_embed"])
+    close(model.head.embed_timesteps(t, torch.float32), io["out/net/time_embed"])
 
 
 # Losses and gradients

@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
-from rq_hf.convert.mar import convert_mar_checkpoint, mar_parts
+from rq_hf import MARHeadConfig, MARTransformerConfig, MARTransformerModel, convert_mar_checkpoint
+from rq_hf.convert.mar_weights import mar_parts
 from rq_hf.convert.weights import rqvae_parts
 
 FOLDER = golden.FOLDER / "mar"
@@ -59,11 +60,12 @@ def weights(case):
     return FOLDER / "mar" / case / "checkpoint-last.pth"
 
 
-def converted_transformer(case, ema=True):
+def converted_transformer(case, ema=True, destination=None):
     """The transformer of a case, in evaluation mode, with the options of its config that no weight says."""
     options = config("mar", case)
     transformer = convert_mar_checkpoint(
         weights(case),
+        destination,
         ema=ema,
         heads=(options["encoder_num_heads"], options["decoder_num_heads"]),
         patch_size=options["patch_size"],
@@ -74,16 +76,21 @@ def converted_transformer(case, ema=True):
     return transformer
 
 
+def autoencoder_weights(case, folder):
+    """The checkpoint of an autoencoder; one of recipe weights is written to `folder`."""
+    path = FOLDER / "vae" / case / "kl.ckpt"
+    if path.exists():
+        return path
+    path = Path(folder, "kl.ckpt")
+    torch.save({"model": recipe_weights(MANIFEST["vae"][case]["prefix"], autoencoder_shapes(case))}, path)
+    return path
+
+
 @functools.cache
 def converted_vae(case):
     """The autoencoder of a case, in evaluation mode."""
-    path = FOLDER / "vae" / case / "kl.ckpt"
-    if path.exists():
-        return convert_mar_checkpoint(vae=path)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kl.ckpt")
-        torch.save({"model": recipe_weights(MANIFEST["vae"][case]["prefix"], autoencoder_shapes(case))}, path)
-        return convert_mar_checkpoint(vae=path)
+        return convert_mar_checkpoint(vae=autoencoder_weights(case, folder))
 
 
 def autoencoder_shapes(case):
@@ -133,6 +140,15 @@ def recipe_weight(prefix, name, shape):
 def recipe_weights(prefix, shapes):
     """A state dict of the recipe; `shapes` by the authors' names."""
     return {name: recipe_weight(prefix, name, shape) for name, shape in shapes.items()}
+
+
+def meta_transformer(case):
+    """The transformer of a case of full size, on the meta device."""
+    options = config("mar_full_size", case)
+    preset = MARTransformerConfig.from_preset(options["model"].replace("_", "-"))
+    preset.head_config = MARHeadConfig(hidden_size=options["diffloss_w"], num_hidden_layers=options["diffloss_d"])
+    with torch.device("meta"):
+        return MARTransformerModel(preset)
 
 
 def by_original_names(model, tensors):

@@ -31,7 +31,7 @@ CALLS = {"none": {}, "class": {"class_labels": [0, 2]}, "text": {"prompt": ["red
 HEIGHT, WIDTH = H * F, W * F
 # Size of what a MAR samples whose head predicts little noise: 1 / √ᾱ at the last timestep.
 MAR_SCALE = 2e4
-MAR_CALL = {"num_iterations": 2, "num_inference_steps": 3}
+MAR_CALL = {"num_iterations": 3, "num_inference_steps": 2}
 kinds = pytest.mark.parametrize("kind", KINDS)
 CAPTIONS = ["red apple", "green apple", "fire engine", "red fire", "green engine"]
 
@@ -82,8 +82,18 @@ def tiny_pipeline(kind="none", **overrides):
     return pipe
 
 
-def tiny_mar_kl(**overrides):
-    return tiny_kl(latent_channels=C, **overrides)
+def tiny_kl(**overrides):
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "latent_channels": C,
+        "sample_size": 8,
+        "scaling_factor": MAR_SCALE,
+    }
+    return AutoencoderKL(**config | overrides).eval()
 
 
 def tiny_mar_config(kind="none", **overrides):
@@ -108,7 +118,7 @@ def tiny_mar(kind="none", **overrides):
     return model
 
 
-def tiny_mar_pipeline(kind="none", vae=tiny_mar_kl, **overrides):
+def tiny_mar_pipeline(kind="none", vae=tiny_kl, **overrides):
     vae = vae(scaling_factor=MAR_SCALE)
     pipe = MARPipeline(vae, tiny_mar(kind, **overrides), tokenizer=tiny_tokenizer() if kind == "text" else None)
     pipe.set_progress_bar_config(disable=True)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 
 from ..argument_checks import check_bool, check_items, check_number, check_size, is_integer
 from ..models import MARTransformerModel
-from ..models.mar_transformer.denoising import default_scheduler
+from ..models.continuous_latents import pixels_per_latent
+from ..pipelines import MARPipeline
 from ..untrusted_files import read_torch_file, shown
 from .conversion import error_context, with_weights, working_folder
 from .files import named_state_dict
@@ -34,7 +35,7 @@ def convert_mar_checkpoint(
     grid_size: Sequence[int] | None = None,
     layer_norm_eps: float = LAYER_NORM_EPS,
     scaling_factor: float = SCALING_FACTOR,
-) -> DiffusionPipeline | MARTransformerModel | AutoencoderKL:
+) -> MARPipeline | MARTransformerModel | AutoencoderKL:
     r"""
     Converts checkpoints of the authors' code (LTH14/mar).
 
@@ -74,7 +75,7 @@ def convert_mar_checkpoint(
 
 def convert_mar_checkpoints(
     checkpoint, destination, vae, ema, heads, patch_size, grid_size, layer_norm_eps, scaling_factor
-) -> tuple[DiffusionPipeline | MARTransformerModel | AutoencoderKL, dict[str, list[str]], Path | None]:
+) -> tuple[MARPipeline | MARTransformerModel | AutoencoderKL, dict[str, list[str]], Path | None]:
     """[`convert_mar_checkpoint`], which also returns what it ignored of each file, and the real destination."""
     check_bool("ema", ema)
     if is_integer(heads):
@@ -112,9 +113,9 @@ def convert_mar_checkpoints(
         elif vae is None:
             model = transformer
         else:
-            from ..pipelines import MARPipeline
-
-            model = MARPipeline(autoencoder, transformer, default_scheduler())
+            sides = zip(transformer.config.latent_shape[1:], pixels_per_latent(autoencoder))
+            autoencoder.register_to_config(sample_size=min(side * pixels for side, pixels in sides))
+            model = MARPipeline(autoencoder, transformer)
         model = with_weights(model, weights, mar_card(model), scratch / "finished", destination)
     return model, ignored, destination
 
@@ -143,7 +144,7 @@ def convert_transformer(
         raise ValueError(f"{path}: args must be an argparse.Namespace, got {type(options).__name__}")
     with error_context(str(path)):
         check_kinds(weights)
-        config = mar_config(weights, options=vars(options), **arguments)
+        config = mar_config(weights, vars(options), **arguments)
         with torch.device("meta"):
             transformer = MARTransformerModel(config)
         parts = take_weights(weights, transformer, mar_parts)

@@ -1,10 +1,11 @@
 """What the converter says about a MAR model: its sizes, and a model card for the Hub."""
 
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 
-from ..model_cards import model_card
+from ..model_cards import model_card, pipeline_usage
 from ..models import MARTransformerConfig, MARTransformerModel
 from ..models.mar_transformer import MARStackConfig
+from ..pipelines import MARPipeline
 
 INTRODUCTION = """\
 Converted with `rq_hf` from a checkpoint of [LTH14/mar](https://github.com/LTH14/mar), the authors' code of
@@ -27,7 +28,7 @@ FIGURES = """\
 ## Figures
 
 This model has the sizes of {name}. Of their checkpoint of {name}, the authors
-[report](https://github.com/LTH14/mar#evaluation-imagenet-256x256), on ImageNet 256×256 and 50,000 samples:
+[report](https://github.com/LTH14/mar), on ImageNet 256×256 and 50,000 samples:
 
 | FID | inception score |
 |---|---|
@@ -46,13 +47,9 @@ TRANSFORMER_USAGE = """from rq_hf import MARTransformerModel
 
 transformer = MARTransformerModel.from_pretrained(...)
 latents = transformer.generate(cond_ids, guidance_scale=3.0)  # classes (B,) -> (B, channels, height, width)"""
-PIPELINE_USAGE = """import rq_hf  # diffusers and transformers then find its classes, too
-
-pipe = rq_hf.MARPipeline.from_pretrained(...)
-pipe(class_labels=[0], guidance_scale=3.0).images[0]"""
 
 
-def mar_card(model: DiffusionPipeline | MARTransformerModel | AutoencoderKL) -> str:
+def mar_card(model: MARPipeline | MARTransformerModel | AutoencoderKL) -> str:
     """A card with valid Hub metadata, code that loads the model, its sizes, the authors' figures for a model of these
     sizes, and what is known of the licence."""
     task, figures = "unconditional-image-generation", ""
@@ -60,8 +57,8 @@ def mar_card(model: DiffusionPipeline | MARTransformerModel | AutoencoderKL) -> 
         title, usage, tags, task = "KL autoencoder", AUTOENCODER_USAGE, ["image-tokenizer"], None
     else:
         title, usage, tags = "MAR with diffusion loss", TRANSFORMER_USAGE, ["mar", "diffusion-loss"]
-        if isinstance(model, DiffusionPipeline):
-            usage = PIPELINE_USAGE
+        if isinstance(model, MARPipeline):
+            usage = pipeline_usage(f"{model.example_call}.images[0]", pipeline="MARPipeline")
         figures = published_figures(getattr(model, "transformer", model).config)
     facts = "\n".join(f"* {fact}" for fact in mar_sizes(model))
     return model_card(
@@ -106,8 +103,8 @@ def stack(config: MARStackConfig) -> str:
     )
 
 
-def mar_sizes(model: DiffusionPipeline | MARTransformerModel | AutoencoderKL) -> list[str]:
-    if isinstance(model, DiffusionPipeline):
+def mar_sizes(model: MARPipeline | MARTransformerModel | AutoencoderKL) -> list[str]:
+    if isinstance(model, MARPipeline):
         return [*mar_sizes(model.vae), *mar_sizes(model.transformer)]
     if isinstance(model, AutoencoderKL):
         config = model.config

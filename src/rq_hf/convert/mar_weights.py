@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..argument_checks import is_number
+from ..argument_checks import is_integer, is_number
 from ..models import MARTransformerConfig, MARTransformerModel
 from ..untrusted_files import shown
+from .configs import MAX_REPEATS, MAX_SIZE
 from .weights import Shapes, rename
 
 Weights = dict[str, torch.Tensor]
@@ -45,8 +46,13 @@ MAR_NAMES = {  # an earlier name goes before those that it contains
 }
 RELEASED_HEADS = {(768, 12): 12, (1024, 16): 16, (1280, 20): 16}  # (width, blocks) of MAR-B, MAR-L and MAR-H
 RELEASED_TOKEN_DIM = 16
-# Options of the training script that the weights do not say -> ours
-TRAINING_OPTIONS = ("patch_size", "attn_dropout", "proj_dropout", "mask_ratio_min", "diffusion_batch_mul")
+TRAINING_OPTIONS = {  # of the authors' training script, which the weights do not say
+    "patch_size": int,
+    "diffusion_batch_mul": int,
+    "attn_dropout": float,
+    "proj_dropout": float,
+    "mask_ratio_min": float,
+}
 
 
 def mar_parts(name: str, shape: torch.Size, model: MARTransformerModel) -> Shapes:
@@ -61,78 +67,58 @@ def mar_parts(name: str, shape: torch.Size, model: MARTransformerModel) -> Shape
 
 def mar_config(
     weights: Weights,
-    heads: int | Sequence[int] | None = None,
-    patch_size: int | None = None,
-    grid_size: Sequence[int] | None = None,
-    layer_norm_eps: float = 1e-6,
-    latent_channels: int | None = None,
-    options: dict | None = None,
+    options: dict,
+    *,
+    heads: Sequence[int] | None,
+    patch_size: int | None,
+    grid_size: Sequence[int] | None,
+    layer_norm_eps: float,
+    latent_channels: int | None,
 ) -> MARTransformerConfig:
     """
     The configuration that the authors' weights have, by their names and shapes.
 
     Args:
-        heads, patch_size, grid_size, layer_norm_eps: see [`convert_mar_checkpoint`].
-        latent_channels: of the autoencoder.
         options: of the training script.
+        heads, patch_size, grid_size, layer_norm_eps: see [`convert_mar_checkpoint`].
+        latent_channels: of the autoencoder, if it is known.
 
     Raises `ValueError` for what the weights do not say and the arguments leave open or contradict.
     """
-    options = training_options(options or {})
+    options = training_options(options)
     num_tokens = size(weights, "diffusion_pos_embed_learned", 1)
     num_slots = size(weights, "encoder_pos_embed_learned", 1) - num_tokens
     if num_slots < 1:
         raise ValueError(
-            f"encoder_pos_embed_learned must have more rows than the {num_tokens} tokens, for the class, got "
-            f"{num_slots + num_tokens}"
+            f"encoder_pos_embed_learned must have more than {num_tokens} rows, those of the tokens, because the class "
+            f"goes before them; got {num_slots + num_tokens}"
         )
-    if grid_size is None:
-        side = math.isqrt(num_tokens)
-        if side * side != num_tokens:
-            raise ValueError(f"{num_tokens} tokens form no square; give grid_size, the rows and columns of tokens")
-        grid_size = (side, side)
-    elif math.prod(grid_size) != num_tokens:
-        raise ValueError(f"grid_size must be that of {num_tokens} tokens, got {tuple(grid_size)}")
-
-    stacks = {stack: stack_sizes(weights, stack) for stack in ("encoder", "decoder")}
-    found = [RELEASED_HEADS.get((sizes["hidden_size"], sizes["num_hidden_layers"])) for sizes in stacks.values()]
-    heads = found if heads is None else [heads] * 2 if isinstance(heads, int) else heads
-    for (stack, sizes), number in zip(stacks.items(), heads):
+    stacks = {name: stack_sizes(weights, name) for name in ("encoder", "decoder")}
+    released = [RELEASED_HEADS.get((sizes["hidden_size"], sizes["num_hidden_layers"])) for sizes in stacks.values()]
+    for (name, sizes), number in zip(stacks.items(), heads or released):
         if number is None:
             raise ValueError(
-                f"the weights do not say how many attention heads the {stack} has, which is {sizes['hidden_size']} "
+                f"the weights do not say how many attention heads the {name} has, which is {sizes['hidden_size']} "
                 f"wide and {sizes['num_hidden_layers']} blocks deep; give heads"
             )
-        sizes |= {
-            "num_attention_heads": number,
-            "layer_norm_eps": layer_norm_eps,
-            "attention_dropout": options.get("attn_dropout", 0.1),
-            "hidden_dropout": options.get("proj_dropout", 0.1),
-        }
+        sizes["num_attention_heads"] = number
+        sizes["layer_norm_eps"] = layer_norm_eps
+        sizes["attention_dropout"] = options.get("attn_dropout", 0.1)
+        sizes["hidden_dropout"] = options.get("proj_dropout", 0.1)
 
     token_dim = size(weights, "z_proj.weight", 1)
     patch_size = patch_size or options.get("patch_size")
-    if patch_size is None and latent_channels is not None:
-        patch_size = math.isqrt(token_dim // latent_channels)
-    elif patch_size is None and None not in found and token_dim == RELEASED_TOKEN_DIM:
+    if patch_size is None and latent_channels is None and None not in released and token_dim == RELEASED_TOKEN_DIM:
         patch_size = 1
-    elif patch_size is None:
-        raise ValueError(
-            f"the weights do not say of how many latents a token of {token_dim} numbers is made; give patch_size, "
-            "or the checkpoint of the autoencoder as vae"
-        )
-    channels = token_dim // patch_size**2 if latent_channels is None else latent_channels
-    if channels * patch_size**2 != token_dim:
-        raise ValueError(
-            f"a token has {token_dim} numbers, which are not {patch_size or 1}×{patch_size or 1} latents of "
-            f"{channels or 1} channels"
-        )
+    channels, patch_size = patch_shape(token_dim, patch_size, latent_channels)
+    height, width = grid_shape(num_tokens, grid_size)
+    num_classes = size(weights, "class_emb.weight", 0)
     return MARTransformerConfig(
-        latent_shape=(channels, *(length * patch_size for length in grid_size)),
+        latent_shape=(channels, height * patch_size, width * patch_size),
         patch_size=patch_size,
-        cond_vocab_size=size(weights, "class_emb.weight", 0) + 1,
+        cond_vocab_size=num_classes + 1,
         cond_repeats=num_slots,
-        null_cond_id=size(weights, "class_emb.weight", 0),
+        null_cond_id=num_classes,
         encoder_config=stacks["encoder"],
         decoder_config=stacks["decoder"],
         head_config={
@@ -145,6 +131,32 @@ def mar_config(
     )
 
 
+def patch_shape(token_dim: int, patch_size: int | None, channels: int | None) -> tuple[int, int]:
+    """The channels and the patch size p of tokens of `token_dim` = channels · p² numbers, one of which is known."""
+    if patch_size is None and channels is None:
+        raise ValueError(
+            f"the weights do not say of how many latents a token of {token_dim} numbers is made; give patch_size, or "
+            "the checkpoint of the autoencoder as vae"
+        )
+    known = f"of {channels} channels, as the autoencoder has" if channels else ""
+    patch_size = patch_size or max(1, math.isqrt(token_dim // channels))
+    channels = channels or token_dim // patch_size**2
+    if channels * patch_size**2 != token_dim:
+        raise ValueError(f"a token of {token_dim} numbers is no patch of {patch_size}×{patch_size} latents {known}")
+    return channels, patch_size
+
+
+def grid_shape(num_tokens: int, grid_size: Sequence[int] | None) -> tuple[int, int]:
+    """Rows and columns of the tokens: `grid_size`, or a square."""
+    if grid_size is None:
+        grid_size = (math.isqrt(num_tokens),) * 2
+        if math.prod(grid_size) != num_tokens:
+            raise ValueError(f"{num_tokens} tokens form no square; give grid_size, the rows and columns of tokens")
+    elif math.prod(grid_size) != num_tokens:
+        raise ValueError(f"grid_size must be that of {num_tokens} tokens, got {tuple(grid_size)}")
+    return tuple(grid_size)
+
+
 def stack_sizes(weights: Weights, stack: str) -> dict[str, int]:
     return {
         "hidden_size": size(weights, f"{stack}_norm.weight", 0),
@@ -154,26 +166,36 @@ def stack_sizes(weights: Weights, stack: str) -> dict[str, int]:
 
 
 def size(weights: Weights, name: str, dimension: int) -> int:
-    """The size of a weight along a dimension. Raises `ValueError` for a missing weight."""
+    """The size of a weight along a dimension. Raises `ValueError` for a missing weight, or one that has no such size
+    or none that a model can have."""
     if name not in weights:
         raise ValueError(f"the weights lack {name}")
-    shape = weights[name].shape
-    if len(shape) <= dimension:
-        raise ValueError(f"{name} must have more than {dimension} dimensions, got the shape {tuple(shape)}")
+    shape = tuple(weights[name].shape)
+    if len(shape) <= dimension or not 1 <= shape[dimension] <= MAX_SIZE:
+        raise ValueError(f"{name} must have from 1 to {MAX_SIZE:,} values along dimension {dimension}, got {shape}")
     return shape[dimension]
 
 
 def count(weights: Weights, prefix: str) -> int:
-    """The number of blocks whose names start by the regular expression `prefix`."""
-    return len({match[1] for match in map(re.compile(rf"{prefix}\.(\d+)\.").match, weights) if match})
+    """The number of blocks whose names start by the regular expression `prefix`. Raises `ValueError` for more than a
+    model can have."""
+    number = len({match[1] for match in map(re.compile(rf"{prefix}\.(\d+)\.").match, weights) if match})
+    if number > MAX_REPEATS:
+        raise ValueError(f"{number} blocks {prefix} are not supported, at most {MAX_REPEATS}")
+    return number
 
 
-def training_options(options: dict) -> dict:
-    """Those of [`TRAINING_OPTIONS`] that are there."""
-    found = {name: options[name] for name in TRAINING_OPTIONS if name in options}
-    for name, value in found.items():
-        if not is_number(value):
-            raise ValueError(f"args.{name} must be a number, got {shown(value)}")
+def training_options(options: dict) -> dict[str, int | float]:
+    """The options of the training script that weights do not say, as far as they are there."""
+    found = {}
+    for name, kind in TRAINING_OPTIONS.items():
+        if name in options:
+            value = options[name]
+            is_size = is_integer(value) and 1 <= value <= MAX_SIZE
+            if not (is_size if kind is int else is_number(value) and 0 <= value <= 1):
+                accepted = f"an integer from 1 to {MAX_SIZE:,}" if kind is int else "a number from 0 to 1"
+                raise ValueError(f"args.{name} must be {accepted}, got {shown(value)}")
+            found[name] = kind(value)
     return found
 
 

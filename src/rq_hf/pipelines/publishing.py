@@ -13,9 +13,7 @@ from ..model_cards import upload_with_card
 LOADER_FILE = "pipeline.py"
 LOADER = """import rq_hf
 
-
-class {name}(rq_hf.{name}):
-    pass
+Pipeline = rq_hf.{name}
 """
 
 

@@ -110,7 +110,7 @@ def denoise(
         step, timesteps = SchedulerStep(scheduler), scheduler.timesteps
     tokens = noise[0]
     for index, modulations in enumerate(modulations_of_steps(head, conditions, timesteps)):
-        inputs = tokens.to(head.output_projection.weight.dtype)
+        inputs = tokens.to(conditions.dtype)
         predicted_noise, fraction = head.denoise(inputs, modulations).float().chunk(2, dim=-1)  # (1 or 2, N, C)
         if guidance_scales is not None:
             conditional, null = predicted_noise
@@ -158,7 +158,7 @@ def modulations_of_steps(
 ) -> Iterator[list[torch.Tensor]]:
     """The modulations `(1 or 2, N, ·)` of every timestep `(S,)`, computed for many timesteps at a time: alone, each of
     them would read most weights of the head."""
-    time = head.embed_timesteps(timesteps.to(conditions.device))[:, None, None]  # (S, 1, 1, w)
+    time = head.embed_timesteps(timesteps.to(conditions.device), conditions.dtype)[:, None, None]  # (S, 1, 1, w)
     position = head.cond_projection(conditions)  # (1 or 2, N, w)
     numbers = conditions[..., 0].numel() * (3 * len(head.layers) + 2) * position.shape[-1]
     for some in time.split(max(1, MODULATION_NUMBERS // numbers)):

@@ -66,14 +66,15 @@ class MARDiffusionHead(nn.Module):
         Returns:
             predicted noise and variance fractions `(N, 2·C)`.
         """
-        modulations = self.modulations(self.embed_timesteps(timesteps), self.cond_projection(conditions))
+        time = self.embed_timesteps(timesteps, conditions.dtype)
+        modulations = self.modulations(time, self.cond_projection(conditions))
         return self.denoise(tokens, modulations)
 
-    def embed_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(N,)` -> `(N, w)`."""
+    def embed_timesteps(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`(N,)` -> `(N, w)`, computed in `dtype`."""
         size = self.config.frequency_embedding_size
         embedding = get_timestep_embedding(timesteps, size, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.time_embedding(embedding.to(self.output_projection.weight.dtype))
+        return self.time_embedding(embedding.to(dtype))
 
     def modulations(self, time: torch.Tensor, position: torch.Tensor) -> list[torch.Tensor]:
         """Embedded timesteps and positions, `(..., w)` each -> modulation `(..., 3·w)` of every block, and

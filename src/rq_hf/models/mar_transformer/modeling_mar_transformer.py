@@ -171,7 +171,7 @@ class MARTransformerModel(MARGenerationMixin, ConditionalModelMixin, MARPreTrain
     vector z for every hidden position (section 3.4); p(token | z) is what the diffusion head samples (section 3.2).
     """
 
-    _group_offload_block_modules = ["encoder", "decoder", "head"]
+    _group_offload_block_modules = ["encoder", "decoder"]
 
     def __init__(self, config: MARTransformerConfig):
         check_instance("config", config, MARTransformerConfig)
