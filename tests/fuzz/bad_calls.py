@@ -1063,7 +1063,7 @@ MAR = [
     ),
     Target(
         "rq_hf.MARPipeline",
-        {"vae": "tiny_kl()", "transformer": "None"},
+        {"vae": "tiny_kl()", "transformer": "None", "scheduler": "None"},
         {
             "vae": anything(
                 "tiny_kl(); vae(); None; mar('none'); vae().config; 'vae'",

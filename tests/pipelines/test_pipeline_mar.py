@@ -9,6 +9,7 @@ from diffusers import (
     AutoPipelineForInpainting,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     UniPCMultistepScheduler,
 )
@@ -36,6 +37,7 @@ from tiny import (
 from rq_hf import MARPipeline
 from rq_hf.images import to_pixels
 from rq_hf.models.continuous_latents import decode_latents, encode_latents
+from rq_hf.models.mar_transformer.denoising import default_scheduler
 
 LATENT = MAR_CALL | {"output_type": "latent"}
 vaes = pytest.mark.parametrize("vae", [tiny_kl, tiny_vae], ids=["KL", "RQ-VAE"])
@@ -119,7 +121,7 @@ def test_negative_prompts_and_condition_ids():
     negative = pipe(["red", "fire engine"], negative_prompt="apple", **call).latents
     assert not torch.allclose(plain, negative)
     ids, negative_ids = pipe.encode_prompt(["red", "fire engine"]), pipe.encode_prompt(["apple", "apple"])
-    given = MARPipeline(pipe.vae, pipe.transformer)
+    given = MARPipeline(pipe.vae, pipe.transformer, pipe.scheduler)
     assert torch.equal(given(cond_ids=ids, negative_cond_ids=negative_ids, **call).latents, negative)
 
 
@@ -259,6 +261,8 @@ def test_schedulers_may_be_exchanged(pipe, tmp_path, scheduler):
     pipe.save_pretrained(tmp_path)
     loaded = MARPipeline.from_pretrained(tmp_path)
     assert type(loaded.scheduler) is scheduler
+    given = DiffusionPipeline.from_pretrained(tmp_path, scheduler=default_scheduler())
+    assert torch.equal(given(**call).latents, ancestral)
     assert torch.equal(loaded(**call).latents, latents)
     with pytest.raises(ValueError, match=f"temperature 0.5 needs a DDPMScheduler; {scheduler.__name__}"):
         pipe(**call, temperature=0.5)
@@ -363,29 +367,30 @@ def test_images_are_encoded_and_decoded_by_the_vae(vae):
 def test_parts_alone():
     pipe = tiny_mar_pipeline("class")
     call = LATENT | {"class_labels": 1, "generator": [0]}
-    expected, alone = pipe(**call).latents, MARPipeline(None, pipe.transformer)
+    expected, alone = pipe(**call).latents, MARPipeline(None, pipe.transformer, pipe.scheduler)
     assert torch.equal(alone(**call).latents, expected)
     for arguments in ({"output_type": "pt"}, {"image": random_image(), "strength": 0.5}):
         with pytest.raises(ValueError, match="this pipeline has no vae"):
             alone(**call | arguments)
-    assert MARPipeline(pipe.vae, None).encode_image(random_image()).shape == (1, C, H, W)
-    assert MARPipeline(None, None, tokenizer=tiny_tokenizer()).encode_prompt(["red", "apple"]).shape == (2, L)
+    assert MARPipeline(pipe.vae, None, None).encode_image(random_image()).shape == (1, C, H, W)
+    assert MARPipeline(None, None, None, tiny_tokenizer()).encode_prompt(["red", "apple"]).shape == (2, L)
 
 
 def test_compiled_parts_are_accepted():
     pipe = tiny_mar_pipeline()
-    compiled = MARPipeline(*(torch.compile(part, backend="eager") for part in (pipe.vae, pipe.transformer)))
+    vae, transformer = (torch.compile(part, backend="eager") for part in (pipe.vae, pipe.transformer))
+    compiled = MARPipeline(vae, transformer, pipe.scheduler)
     call = MAR_CALL | {"generator": [0], "output_type": "pt", "image": random_image(), "strength": 0.5}
     assert torch.equal(compiled(**call).images, pipe(**call).images)
 
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=f"the same channels of their latents, got 5 and {C}"):
-        MARPipeline(tiny_kl(latent_channels=5), tiny_mar())
+        MARPipeline(tiny_kl(latent_channels=5), tiny_mar(), None)
     with pytest.raises(TypeError, match="vae must be of type .*AutoencoderKL"):
-        MARPipeline(tiny_mar(), tiny_mar())
+        MARPipeline(tiny_mar(), tiny_mar(), None)
     with pytest.raises(TypeError, match="transformer must be a MARTransformerModel"):
-        MARPipeline(tiny_kl(), tiny_vae())
+        MARPipeline(tiny_kl(), tiny_vae(), None)
     with pytest.raises(TypeError, match="scheduler must be one of DDPMScheduler"):
         MARPipeline(None, tiny_mar(), tiny_tokenizer())
     with pytest.raises(ValueError, match="the scheduler's beta_schedule must be 'squaredcos_cap_v2'"):
@@ -469,6 +474,6 @@ def test_schedulers_that_do_not_fit_are_refused(pipe):
         ({"clip_sample": True}, "clip_sample must be False"),
         ({"variance_type": "fixed_small"}, "variance_type must be 'learned_range'"),
     ):
-        pipe.scheduler = DDPMScheduler.from_config(MARPipeline(None, None).scheduler.config, **change)
+        pipe.scheduler = DDPMScheduler.from_config(default_scheduler().config, **change)
         with pytest.raises(ValueError, match=f"the scheduler's {message} for this model, got"):
             pipe(**MAR_CALL)

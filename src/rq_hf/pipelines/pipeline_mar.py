@@ -32,7 +32,7 @@ from ..argument_checks import (
 from ..model_cards import model_card, pipeline_usage
 from ..models import MARTransformerConfig, MARTransformerModel, RQVAEModel, continuous_latents
 from ..models.continuous_latents import Autoencoder
-from ..models.mar_transformer.denoising import NumSteps, check_scheduler, default_scheduler, num_steps_of
+from ..models.mar_transformer.denoising import NumSteps, check_scheduler, num_steps_of
 from ..models.mar_transformer.generation_mar_transformer import resolve_num_iterations
 from ..models.pretrained import reading
 from ..models.random_numbers import Generators, check_generator, seeded_generators, uniform_numbers
@@ -84,9 +84,10 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         vae ([`~diffusers.AutoencoderKL`], [`RQVAEModel`], or `None`): encodes images to latents and decodes them; of
             an `RQVAEModel`, those before its quantizer. Sampling latents alone (`output_type="latent"`) works without.
         transformer ([`MARTransformerModel`], or `None`): samples latents. Encoding and decoding work without.
-        scheduler ([`~diffusers.DDPMScheduler`], `DDIMScheduler`, `DPMSolverMultistepScheduler` or
-            `UniPCMultistepScheduler`, *optional*): how tokens are denoised (default: the authors' chain, a
-            `DDPMScheduler`). Another one is made of it by its `from_config(pipe.scheduler.config)`.
+        scheduler ([`~diffusers.DDPMScheduler`], `DDIMScheduler`, `DPMSolverMultistepScheduler`,
+            `UniPCMultistepScheduler`, or `None`): how tokens are denoised. [`default_scheduler`] makes that of the
+            authors' chain; others are made of it by their `from_config(pipe.scheduler.config)`. Encoding and decoding
+            work without.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of a text model.
     """
 
@@ -98,7 +99,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         self,
         vae: Autoencoder | None,
         transformer: MARTransformerModel | None,
-        scheduler: SchedulerMixin | None = None,
+        scheduler: SchedulerMixin | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
@@ -107,7 +108,6 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             continuous_latents.check_autoencoder(unwrapped(vae))
         if transformer is not None and not isinstance(getattr(transformer, "config", None), MARTransformerConfig):
             raise TypeError(f"transformer must be a MARTransformerModel, got {transformer!r:.80}")
-        scheduler = default_scheduler() if scheduler is None else scheduler
         check_scheduler(scheduler, temperature=1.0)
         if tokenizer is not None:
             check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
@@ -173,6 +173,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
         self._require("transformer")
+        self._require("scheduler")
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" or scorer is not None or image is not None or mask_image is not None:
             self._require("vae")
