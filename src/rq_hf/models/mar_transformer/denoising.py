@@ -68,6 +68,14 @@ def check_scheduler(scheduler: SchedulerMixin | None, temperature: float) -> Non
         )
 
 
+def solver_of(scheduler: SchedulerMixin | None) -> SchedulerMixin | None:
+    """A copy of a scheduler that adds no noise; `None` for the authors' chain."""
+    if scheduler is None or isinstance(scheduler, DDPMScheduler):
+        return None
+    # Of predictions with a variance, DPM-Solver would take the first 3 channels as those of an image.
+    return type(scheduler).from_config(scheduler.config, variance_type=None)
+
+
 def num_steps_of(num_inference_steps: NumSteps, num_iterations: int) -> list[int]:
     """Denoising steps of every iteration: always the same, or falling linearly from a first to a last number."""
     if isinstance(num_inference_steps, list | tuple):
@@ -96,13 +104,14 @@ def denoise(
     Args:
         conditions: z, `(1, N, Z)`; with guidance `(2, N, Z)`, conditional and null.
         noise: `(1 + S, N, C)`, that of the start and of every step; the last step adds none.
+        scheduler: see [`solver_of`].
         guidance_scales: `(N, 1)`.
 
     Returns:
         tokens `(N, C)`, float32.
     """
     num_steps = len(noise) - 1
-    if scheduler is None or isinstance(scheduler, DDPMScheduler):
+    if scheduler is None:
         step = AncestralStep(num_steps, noise, temperature)
         timesteps = step.timesteps
     else:
