@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from make_figures import SUBJECTS
 
 from rq_hf import MAR_EMOJI_MODEL, MARPipeline
 from rq_hf.images import image_grid
 
+SUBJECTS = ("sunflower", "woman astronaut medium skin tone", "octopus", "fire engine")
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 25, "output_type": "pt"}
 STRENGTHS = (0.25, 0.5, 0.75, 0.9)
 

@@ -1,6 +1,6 @@
 """Make the autoencoder of the MAR emoji model from the RQ-VAE that comes with the package: nothing is trained.
 
-    python examples/emoji/make_autoencoder.py --data data/emoji --output_dir runs/emoji-autoencoder
+    python examples/emoji/make_autoencoder.py --data_files data/emoji/train.parquet --output_dir runs/emoji-autoencoder
 
 The vectors of this RQ-VAE, before they are quantized, have 64 dimensions but lie in a space of 8. The AutoencoderKL
 written here has the same encoder and decoder, and the 8 principal components of the vectors as latents. Components are
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from evaluate import load_split
 
 from rq_hf import EMOJI_MODEL, RQVAEModel
+from rq_hf.data import ImageCollator, first_batches, load_image_dataset
 from rq_hf.metrics import psnr
 from rq_hf.models.continuous_latents import decode_latents, encode_latents
 
@@ -78,13 +78,14 @@ def fold(vae: RQVAEModel, mean: torch.Tensor, to_latents: torch.Tensor, to_vecto
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder written by make_dataset.py")
+    parser.add_argument("--data_files", required=True, help="the training images that make_dataset.py wrote")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the autoencoder")
     args = parser.parse_args()
 
     vae = RQVAEModel.from_pretrained(EMOJI_MODEL, subfolder="vae")
-    _, images = load_split(args.data / "train.parquet")
-    batches = (images * 2 - 1).split(64)
+    dataset = load_image_dataset(data_files=args.data_files)
+    collate = ImageCollator("image", vae.config.sample_size)
+    batches = [batch["pixels"] for batch in first_batches(dataset, collate, len(dataset), batch_size=64)]
     vectors = torch.cat([vae.encode_to_vectors(batch).flatten(0, 2) for batch in batches])
     kl = fold(vae, *principal_components(vectors))
     quality = [psnr(batch, decode_latents(kl, encode_latents(kl, batch))) for batch in batches]
