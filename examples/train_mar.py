@@ -79,7 +79,7 @@ class MARArguments(LatentsArguments):
     timestep_spacing: str = field(
         default="linspace",
         metadata={
-            "help": "Where denoising begins, in the finished pipeline: linspace, the authors', at t = 999, where small "
+            "help": "Where the finished pipeline begins to denoise: linspace, the authors', at t = 999, where small "
             "errors of the head are multiplied by 20,000; leading begins lower, for short runs.",
             "choices": ["linspace", "leading"],
         },
