@@ -1,5 +1,6 @@
 PYTHON ?= python3
 PROMPT ?=
+MODEL ?= rq
 PYTEST_ARGS ?=
 
 PY := .venv/bin/python
@@ -15,8 +16,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## sample an image: make demo PROMPT="fire engine"
-	@$(PY) examples/demo.py $(if $(PROMPT),--prompt "$$PROMPT")
+demo: $(READY) ## sample images: make demo PROMPT="fire engine" MODEL=mar
+	@$(PY) examples/demo.py --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT")
 
 test: export HF_HUB_OFFLINE = 1
 test: $(READY) ## run all tests: make test PYTEST_ARGS="-k quantizer"

@@ -12,11 +12,11 @@ Resume after an interruption:
 
 Without perceptual and adversarial losses, fast but blurred:
     ... --perceptual_weight 0 --discriminator_weight 0 --learning_rate 5e-4
-For a model with narrow latents, which a small MAR model learns faster:
-    ... --latent_channels 4 --kl_weight 1e-5
+With fewer latents, which are easier to learn for a small MAR model:
+    ... --latent_channels 4
 
 The finished model is OUTPUT_DIR/vae: diffusers.AutoencoderKL.from_pretrained("OUTPUT_DIR/vae"). Its scaling_factor is
-1 / standard deviation of the latents of the first --scaling_factor_images images.
+1 / standard deviation of the latents of --scaling_factor_images images.
 Defaults are those of latent diffusion's kl-f16 (Rombach et al. 2022), whose sizes MAR's KL-16 has: L1, LPIPS and, from
 step 50,000 on, a PatchGAN; a KL weight of 1e-6; Adam at a constant rate of 1e-4, for batches of 256 images. Attention
 at the coarsest level, as there, is --attention_levels 4. LPIPS needs weights: files, or user/repository/file on the
@@ -24,13 +24,14 @@ Hub.
 """
 
 import functools
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 
-from rq_hf.data import first_batches
 from rq_hf.training import (
     AutoencoderArguments,
     AutoencoderKLForTraining,
@@ -57,7 +58,8 @@ SHOWN_IMAGES = 16
 @dataclass
 class AutoencoderKLArguments(AutoencoderArguments):
     scaling_factor_images: int = field(
-        default=1000, metadata={"help": "Images that the scaling factor is measured on, at the end."}
+        default=1000,
+        metadata={"help": "Images that the scaling factor is measured on, at the end; rounded up to whole batches."},
     )
 
     def __post_init__(self):
@@ -132,8 +134,9 @@ def main() -> None:
         configuration=configuration,
         **run.training_options(),
     )
-    batches = first_batches(dataset, args.create_collator(data), args.scaling_factor_images, run.train_batch_size)
-    set_scaling_factor(vae, (batch["pixels"] for batch in batches), run.seed)
+    batches = data.create_stream(accelerator, dataset, args.create_collator(data), run)
+    num_batches = math.ceil(args.scaling_factor_images / run.train_batch_size)
+    set_scaling_factor(vae, (batch["pixels"] for batch in itertools.islice(batches, num_batches)), run.seed)
     destination = Path(run.output_dir) / "vae"
     save_finished(accelerator, vae, destination, autoencoder_kl_card(vae), run.upload_to)
     accelerator.print(f"saved {destination}, with a scaling factor of {vae.config.scaling_factor:.4g}")

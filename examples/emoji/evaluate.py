@@ -1,6 +1,7 @@
-"""Evaluate a text-to-emoji pipeline: reconstruction, codebook usage, and retrieval.
+"""Evaluate a text-to-emoji pipeline of either method: reconstruction, codebook usage, and retrieval.
 
     python examples/emoji/evaluate.py --data data/emoji --output runs/emoji-figures.json
+    python examples/emoji/evaluate.py --model src/rq_hf/mar_emoji_model --data data/emoji --guidance_scale 3
 
 Reconstruction: mean over the images of the PSNR of each reconstruction.
 Retrieval: one image is sampled for each caption, and all real images are ranked by their L2 distance to it in pixels.
@@ -15,8 +16,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
-from rq_hf import EMOJI_MODEL, RQPipeline
+from rq_hf import EMOJI_MODEL, MARPipeline, RQPipeline
 from rq_hf.metrics import codebook_usage, count_codes, psnr
 
 
@@ -27,19 +29,25 @@ def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
     return list(data["text"]), torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def reconstruction(pipe: RQPipeline, images: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Mean PSNR in dB, and counts of the codes at each depth `(D, K)`."""
-    quality, counts = [], 0
-    for batch in images.split(64):
-        codes = pipe.encode_image(batch)
-        decoded = pipe.decode_codes(codes, output_type="pt")
-        quality.append(psnr(batch * 2 - 1, decoded * 2 - 1))
-        counts = counts + count_codes(codes, pipe.vae.config.codebook_size)
-    return torch.cat(quality).mean().item(), counts
+def reconstruction(pipe: RQPipeline | MARPipeline, images: torch.Tensor) -> float:
+    """Mean PSNR in dB."""
+    quality = [psnr(batch * 2 - 1, pipe.reconstruct(batch, output_type="pt") * 2 - 1) for batch in images.split(64)]
+    return torch.cat(quality).mean().item()
+
+
+def usage(pipe: RQPipeline, images: torch.Tensor) -> dict[str, list[float]]:
+    """Usage and perplexity of the codebook at each depth."""
+    counts = sum(count_codes(pipe.encode_image(batch), pipe.vae.config.codebook_size) for batch in images.split(64))
+    return {f"{name}_per_depth": value.tolist() for name, value in codebook_usage(counts).items()}
 
 
 def retrieval_ranks(
-    pipe: RQPipeline, captions: list[str], expected: torch.Tensor, candidates: torch.Tensor, seed: int, **sampling
+    pipe: RQPipeline | MARPipeline,
+    captions: list[str],
+    expected: torch.Tensor,
+    candidates: torch.Tensor,
+    seed: int,
+    **sampling,
 ) -> torch.Tensor:
     """Ranks `(len(captions),)` from 1 of the expected images among the candidates, by distance to the sampled ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,36 +69,39 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--captions", type=int, default=300, help="number of training captions")
     parser.add_argument("--seed", type=int, default=0, help="seed for the choice of captions and for sampling")
-    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("guidance_scale", float)):
+    settings = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float, "num_iterations": int}
+    for name, kind in settings.items():
         parser.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    parser.add_argument(
+        "--num_inference_steps", type=int, nargs="+", help="denoising steps: a number, or the first and the last"
+    )
     parser.add_argument("--greedy", action="store_true", help="always take the most likely code")
     args = parser.parse_args()
-    sampling = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "guidance_scale")}
-    sampling["do_sample"] = False if args.greedy else None
+    sampling = {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
+    if args.num_inference_steps is not None:
+        steps = args.num_inference_steps
+        sampling["num_inference_steps"] = steps[0] if len(steps) == 1 else tuple(steps)
+    if args.greedy:
+        sampling["do_sample"] = False
 
-    pipe = RQPipeline.from_pretrained(args.model)
+    pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     train_captions, train_images = load_split(args.data / "train.parquet")
     held_captions, held_images = load_split(args.data / "held_out.parquet")
     candidates = torch.cat([train_images, held_images])
 
-    train_psnr, counts = reconstruction(pipe, train_images)
-    held_psnr, _ = reconstruction(pipe, held_images)
-    codebook = codebook_usage(counts)
     chosen = torch.randperm(len(train_captions), generator=torch.Generator().manual_seed(args.seed))[: args.captions]
     train_ranks = retrieval_ranks(
         pipe, [train_captions[i] for i in chosen], train_images[chosen], candidates, args.seed, **sampling
     )
     held_ranks = retrieval_ranks(pipe, held_captions, held_images, candidates, args.seed, **sampling)
 
-    own = pipe.transformer.generation_config
     figures = {
-        "sampling": {n: getattr(own, n, None) if given is None else given for n, given in sampling.items()},
+        "sampling": sampling,
         "seed": args.seed,
-        "psnr_train": train_psnr,
-        "psnr_held_out": held_psnr,
-        "usage_per_depth": codebook["usage"].tolist(),
-        "perplexity_per_depth": codebook["perplexity"].tolist(),
+        "psnr_train": reconstruction(pipe, train_images),
+        "psnr_held_out": reconstruction(pipe, held_images),
+        **(usage(pipe, train_images) if isinstance(pipe, RQPipeline) else {}),
         "candidates": len(candidates),
         "train_captions": len(train_ranks),
         "train_top1": (train_ranks <= 1).float().mean().item(),

@@ -2,6 +2,8 @@
 
     python examples/emoji/export.py --pipeline runs/emoji/pipeline --average_with runs/emoji-soft/pipeline \\
         --average_weight 0.2 --output src/rq_hf/emoji_model --card model_cards/emoji.md --temperature 0.2
+    python examples/emoji/export.py --pipeline runs/emoji-mar/pipeline --output src/rq_hf/mar_emoji_model \\
+        --card model_cards/emoji-mar.md
 
 Weights are stored in float16 and loaded as float32. The transformer can be averaged with one that was fine-tuned from
 it (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
@@ -13,8 +15,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
-from rq_hf import RQPipeline
+import rq_hf  # noqa: F401
 from rq_hf.files import atomic_folder
 
 
@@ -27,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="new folder to write to")
     parser.add_argument("--card", type=Path, help="model card, copied to README.md")
-    parser.add_argument("--temperature", type=float, help="default temperature")
+    parser.add_argument("--temperature", type=float, help="default temperature of an RQ-Transformer")
     parser.add_argument("--top_k", type=int, help="default top-k")
     parser.add_argument("--top_p", type=float, help="default top-p")
     parser.add_argument("--guidance_scale", type=float, help="default guidance scale")
@@ -35,16 +38,15 @@ def main() -> None:
     if args.output.exists():
         raise ValueError(f"{args.output} exists already; move it away first")
 
-    pipe = RQPipeline.from_pretrained(str(args.pipeline))
+    pipe = DiffusionPipeline.from_pretrained(str(args.pipeline))
     if args.average_with is not None:
-        tuned = RQPipeline.from_pretrained(str(args.average_with)).transformer.state_dict()
+        tuned = DiffusionPipeline.from_pretrained(str(args.average_with)).transformer.state_dict()
         weights = pipe.transformer.state_dict()
         pipe.transformer.load_state_dict({n: w.lerp(tuned[n], args.average_weight) for n, w in weights.items()})
-    generation_config = pipe.transformer.generation_config
-    generation_config.do_sample = True
-    for name in ("temperature", "top_k", "top_p", "guidance_scale"):
-        if getattr(args, name) is not None:
-            setattr(generation_config, name, getattr(args, name))
+    defaults = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale")}
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    if defaults:
+        pipe.transformer.generation_config.update(do_sample=True, **defaults)
 
     with atomic_folder(args.output) as folder:
         pipe.to(dtype=torch.float16, silence_dtype_warnings=True).save_pretrained(folder)

@@ -23,10 +23,14 @@ __version__ = "0.1.0"
 register()
 
 EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
-"""Folder of the text-to-emoji pipeline that comes with the package."""
+"""Folder of the text-to-emoji pipeline that comes with the package, an [`RQPipeline`]."""
+
+MAR_EMOJI_MODEL = str(Path(__file__).parent / "mar_emoji_model")
+"""Folder of the one of the other method, a [`MARPipeline`]."""
 
 __all__ = [
     "EMOJI_MODEL",
+    "MAR_EMOJI_MODEL",
     "MARHeadConfig",
     "MARPipeline",
     "MARPipelineOutput",

@@ -146,11 +146,16 @@ def check_range(name: str, ids: torch.Tensor, size: int) -> None:
     """Raises `ValueError` unless all `ids` lie in [0, size). Compiled code cannot look at values."""
     if torch.compiler.is_compiling() or not ids.numel():
         return
-    if ids.is_meta:
-        raise ValueError(f"{name} must have values, got a tensor on the meta device")
+    check_values(name, ids)
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= size:
         raise ValueError(f"{name} must lie in [0, {size}), got values from {lowest} to {highest}")
+
+
+def check_values(name: str, value: torch.Tensor) -> None:
+    """Raises `ValueError` for a tensor on the meta device."""
+    if value.is_meta:
+        raise ValueError(f"{name} must have values, got a tensor on the meta device")
 
 
 def check_finite(name: str, value: torch.Tensor) -> None:

@@ -18,8 +18,11 @@ from accelerate import cpu_offload, disk_offload
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from tiny import (
     MAR_CALL,
+    MAR_SCALE,
     C,
+    H,
     T,
+    W,
     same_state,
     tiny_codes,
     tiny_condition,
@@ -90,14 +93,15 @@ def uses_of_mar(model, inputs):
     tokens = model.patchify(latents)
     return [
         *model(**inputs, return_dict=False),
-        *(tokens, model.unpatchify(tokens), model.generate(**settings, num_images=len(latents))),
-        model.generate(**settings, known_latents=latents, mask=mask),
+        *(tokens, model.unpatchify(tokens)),
+        model.generate(**settings, num_images=len(latents)) / MAR_SCALE,
+        model.generate(**settings, known_latents=latents, mask=mask) / MAR_SCALE,
     ]
 
 
 def inputs_of_mar(kind, batch_size):
     """With all that is random, so that the loss is not."""
-    mask = torch.arange(T) < torch.arange(batch_size)[:, None] % 3 + 3  # different numbers of tokens
+    mask = torch.arange(T) < torch.arange(batch_size)[:, None] % 2 + 3  # 3 or 4 tokens
     noise, timesteps = torch.randn(2, batch_size, T, C), torch.randint(1000, (2, batch_size, T))
     inputs = {"latents": tiny_latents(batch_size), "mask": mask, "noise": noise, "timesteps": timesteps}
     cond_ids = tiny_condition(kind, batch_size)
@@ -222,8 +226,9 @@ def test_copied_and_pickled(contract):
         assert not same_state(copied, model)
 
 
-@models
-def test_accelerated_then_copied_and_pickled(contract):
+@pytest.mark.parametrize("name", [name for name, contract in MODELS.items() if contract.accelerate])
+def test_accelerated_then_copied_and_pickled(name):
+    contract = MODELS[name]
     model, inputs = contract.build(), contract.inputs(2)
     expected = contract.uses(model, inputs)
     contract.accelerate(model)
@@ -394,3 +399,30 @@ def test_trainer_accumulates_the_gradient_of_the_whole_batch(tmp_path, name):
         trained.append(trainer.model)
     for (name, expected), actual in zip(trained[0].named_parameters(), trained[1].parameters(), strict=True):
         torch.testing.assert_close(actual, expected, msg=name)
+
+
+def test_trainer_trains_and_evaluates_where_the_loss_is_random(tmp_path):
+    contract = MODELS["MARTransformerModel, text"]
+    model, inputs = contract.build(), contract.inputs(8) | {"latents": torch.randn(8, C, H, W)}
+    initial_loss = contract.loss(model(**inputs)).item()
+    examples = [{"latents": inputs["latents"][i], "cond_ids": inputs["cond_ids"][i]} for i in range(8)]
+    arguments = {"output_dir": tmp_path, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(
+        **arguments, eval_strategy="epoch", num_train_epochs=4, learning_rate=0.01, label_names=["latents"]
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=examples, eval_dataset=examples)
+    trainer.train()
+    assert contract.loss(model(**inputs)).item() < initial_loss
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4 and max(losses) < 2 * initial_loss
+
+
+def test_attention_is_chosen_for_all_stacks(caplog):
+    model = tiny_mar()
+    with caplog.at_level("WARNING"):
+        model.set_attn_implementation("eager")
+    assert not caplog.records
+    assert {stack.config._attn_implementation for stack in (model, model.encoder, model.decoder)} == {"eager"}
+    model.set_attn_implementation({"decoder_config": "sdpa"})
+    assert model.encoder.layers[0].self_attn.config._attn_implementation == "eager"
+    assert model.decoder.layers[0].self_attn.config._attn_implementation == "sdpa"

@@ -2,6 +2,7 @@
 
 import functools
 
+import diffusers
 import numpy as np
 import PIL.Image
 import tiny
@@ -34,6 +35,7 @@ from transformers import GenerationConfig
 import rq_hf
 from rq_hf import data, images, metrics, text, training
 from rq_hf.models import continuous_latents
+from rq_hf.models.mar_transformer.denoising import default_scheduler
 
 VOCABULARY = tiny.CONDITIONS["text"]["cond_vocab_size"]
 LATENT_CHANNELS = 10
@@ -85,6 +87,10 @@ NAMES |= vars(tiny) | {
     "continuous_latents": continuous_latents,
     "transformer": lambda kind: shared(tiny.tiny_transformer, kind),
     "pipe": lambda kind: shared(tiny.tiny_pipeline, kind),
+    "mar": lambda kind: shared(tiny.tiny_mar, kind),
+    "mar_pipe": lambda kind: shared(tiny.tiny_mar_pipeline, kind),
+    "diffusers": diffusers,
+    "default_scheduler": default_scheduler,
     "tokenizer": lambda: shared(tiny.tiny_tokenizer),
     "lpips": lambda: shared(metrics.LPIPS),
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
@@ -153,15 +159,15 @@ callbacks = (
 )
 
 
-def _callback_plain(value):
+def _callback_plain(name, value):
     """One that changes nothing is like none."""
     if value is None:
         return None
     try:
-        found = value(None, 0, 0, {"codes": None})
+        found = value(None, 0, 0, {name: None})
     except Exception:
         raise Invalid from None
-    if found is None or found == {} or (isinstance(found, dict) and list(found) == ["codes"]):
+    if found is None or found == {} or (isinstance(found, dict) and list(found) == [name]):
         return None
     raise Invalid
 
@@ -186,13 +192,23 @@ on_position = Kind(
         "lambda p, c: c[:1]; lambda p, c: c + 100; lambda p, c: c.flatten(1); lambda p, c: 'abc'; 3"
     ),
 )
-step_end = Kind(
-    _callback_plain,
-    expressions(
-        callbacks + "; lambda *a: a[-1]; lambda *a: {'codes': 3}; lambda *a: {'codes': torch.zeros(1)};"
-        "lambda *a: {'codes': None}; lambda *a: []; lambda *a: 'abc'; 'abc'"
-    ),
-)
+
+
+def step_end(name):
+    return Kind(
+        functools.partial(_callback_plain, name),
+        expressions(
+            callbacks + "; lambda *a: a[-1]; lambda *a: {'codes': 3}; lambda *a: {'codes': torch.zeros(1)};"
+            "lambda *a: {'codes': None}; lambda *a: {'latents': 3}; lambda *a: {'latents': torch.zeros(1)};"
+            "lambda *a: {'latents': None}; lambda *a: []; lambda *a: 'abc'; 'abc'"
+        ),
+    )
+
+
+def step_end_inputs(name):
+    return anything(
+        "['codes']; ('codes',); []; ['latents']; ('latents',); 'codes'; [1]", lambda v: v in ([name], (name,), [], ())
+    )
 
 
 def decays(count=1):
@@ -602,10 +618,8 @@ common = {
     **sampling,
     MAX_BATCH: optional(integer(1, is_bounded=False)),
     "output_type": output_type,
-    "callback_on_step_end": step_end,
-    "callback_on_step_end_tensor_inputs": anything(
-        "['codes']; ('codes',); []; ['latents']; 'codes'; [1]", lambda v: v in (["codes"], ("codes",), [], ())
-    ),
+    "callback_on_step_end": step_end("codes"),
+    "callback_on_step_end_tensor_inputs": step_end_inputs("codes"),
     "scorer": anything("mean; len; 3; lambda i, c: torch.zeros(1); lambda i, c: None", lambda v: v is None),
     "num_candidates": integer(1, 1),
     "start": integer(0, 0),
@@ -724,6 +738,342 @@ PIPELINE = [
             "tokenizer": anything(
                 "tokenizer(); None; 'abc'; vae(); 3", lambda v: v is None or hasattr(v, "pad_token_id")
             )
+        },
+        probe=lambda pipe: sorted(pipe.components),
+    ),
+]
+
+
+def _generates_mar(config):
+    stacks = (config.encoder_config, config.decoder_config, config.head_config)
+    if max(s.hidden_size + s.num_hidden_layers for s in stacks) > 1000:
+        return config.to_dict()
+    sizes = (*config.latent_shape, config.patch_size, config.cond_vocab_size, config.num_cond_slots)
+    if max(*sizes, config.diffusion_batch_mul) > 1000:
+        return config.to_dict()
+    model = rq_hf.MARTransformerModel(config).eval()
+    cond_ids = None
+    if config.cond_vocab_size > 1:
+        cond_ids = torch.zeros(2, config.cond_length, dtype=torch.long)
+    latents = model.generate(cond_ids, num_images=2, num_iterations=1, num_inference_steps=2)
+    return latents, model(latents, cond_ids).loss, config.to_dict()
+
+
+def mar_stack(**changes):
+    return {"hidden_size": E, "num_hidden_layers": 1, "num_attention_heads": 2} | changes
+
+
+NAMES["mar_stack"] = mar_stack
+NAMES["stack_in_mar"] = lambda **changes: tiny.tiny_mar_config(
+    encoder_config=mar_stack(**changes), decoder_config=mar_stack(**changes)
+)
+NAMES["head_in_mar"] = lambda **changes: tiny.tiny_mar_config(head_config={"hidden_size": 8} | changes)
+mar_latents = floats(2, C, H, W)
+mar_latents_of_one = floats(1, C, H, W)
+
+
+def token_masks(*counts):
+    def plain(value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.layout != torch.strided:
+            raise Invalid
+        if value.ndim != 2 or value.shape[0] not in counts or value.shape[1] != T or not value.any(dim=1).all():
+            raise Invalid
+        return value
+
+    return Kind(
+        plain,
+        expressions(
+            "torch.arange(6)[None] > 2; (torch.arange(6)[None] > 2).repeat(2, 1); torch.ones(1, 6); torch.eye(6) > 0;"
+            "torch.ones(2, 6, dtype=torch.bool); torch.zeros(2, 6, dtype=torch.bool); torch.eye(6)[:2] > 0;"
+            "torch.ones(1, 6, dtype=torch.bool); torch.zeros(1, 6, dtype=torch.bool); torch.ones(6, dtype=torch.bool);"
+            "torch.ones(2, 2, 3, dtype=torch.bool); torch.ones(1, 5, dtype=torch.bool); torch.eye(2, 6).int();"
+            "np.ones((2, 6), bool); [[True] * 6] * 2; (torch.eye(6) > 0).to_sparse(); torch.eye(6)[:0] > 0"
+        ),
+    )
+
+
+def _pixel_masks(value):
+    """Masks in every accepted form -> (B, height, width)."""
+    found = []
+    for mask in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(mask, PIL.Image.Image):
+            mask = np.asarray(images.to_rgb(mask).convert("L")) / 255
+        if isinstance(mask, torch.Tensor) and not mask.is_meta:
+            mask = mask.detach()
+            mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
+        elif isinstance(mask, np.ndarray) and mask.dtype.kind in "fb":
+            mask = torch.from_numpy(mask.astype("float64"))
+            mask = mask[..., 0] if mask.ndim == 4 and mask.shape[-1] == 1 else mask
+        else:
+            raise Invalid
+        mask = mask[None] if mask.ndim == 2 else mask
+        if not (mask.is_floating_point() or mask.dtype == torch.bool) or mask.layout != torch.strided:
+            raise Invalid
+        if mask.ndim != 3 or mask.shape[1:] != (HEIGHT, WIDTH) or not mask.numel():
+            raise Invalid
+        found.append(mask.float())
+    if not found or isinstance(value, list | tuple) and len({type(mask) for mask in value}) > 1:
+        raise Invalid
+    found = torch.cat(found)
+    if len(found) != 1 or not 0 <= found.min() <= found.max() <= 1 or found.max() < 0.5:
+        raise Invalid
+    return found
+
+
+mask_image = Kind(
+    _pixel_masks,
+    expressions(
+        "pil('L'); pil('1'); pil('RGB'); [pil('L')]; [pil('L')] * 2; pil('L', (8, 8)); pil('F'); 'mask.png';"
+        "np.ones((4, 6)); np.zeros((4, 6)); np.ones((4, 6), int); np.eye(4, 6) > 0; np.ones((4, 6, 1));"
+        "np.ones((1, 4, 6, 1)); torch.ones(4, 6); torch.ones(1, 4, 6); torch.ones(1, 1, 4, 6); torch.ones(6, 4);"
+        "torch.ones(1, 3, 4, 6); torch.ones(4, 6) * 255; torch.ones(4, 6) * nan; torch.ones(4, 6).to('meta');"
+        "torch.ones(4, 6).to_sparse(); torch.ones(4, 6).half(); [torch.ones(4, 6), np.ones((4, 6))]; []; (0, 1)"
+    ),
+)
+mar_iterations = optional(integer(1, T))
+mar_steps = one_or_several(
+    integer(2, 1000), 2, "(4, 2); [2, 3]; (3, 3); (2, 2, 2); (1, 2); (2, 1001); (2.0, 3); (2, None); np.array([3, 2])"
+)
+scheduler = anything(
+    "None; default_scheduler(); diffusers.DDPMScheduler(); diffusers.DDIMScheduler(); 'ddpm'; default_scheduler;"
+    "diffusers.EulerDiscreteScheduler(); diffusers.DDPMScheduler.from_config(default_scheduler().config,"
+    "prediction_type='v_prediction'); default_scheduler().config",
+    lambda v: v is None or type(v) is diffusers.DDPMScheduler and v.config == default_scheduler().config,
+)
+
+
+def _iteration_callback_plain(value):
+    if value is None:
+        return None
+    marker = torch.zeros(1)
+    try:
+        found = value(0, marker, None)
+    except Exception:
+        raise Invalid from None
+    if found is None or found is marker:
+        return None
+    raise Invalid
+
+
+on_iteration = Kind(
+    _iteration_callback_plain,
+    expressions(
+        "lambda i, x, m: None; lambda i, x, m: x; lambda i, x, m: True; lambda i, x, m: {'latents': x};"
+        "lambda i, x, m: x.long(); lambda i, x, m: x[:1]; lambda i, x, m: x.flatten(1); lambda i, x, m: 'abc'; 3"
+    ),
+)
+mar_sampling = {
+    "num_iterations": mar_iterations,
+    "num_inference_steps": mar_steps,
+    "temperature": at_least_0,
+    "guidance_schedule": one_of("linear", "constant", "cosine"),
+}
+guided = {"guidance_scale": at_least_0}
+mar_fast = {"num_iterations": "2", "num_inference_steps": "2"}
+mar_common = {
+    "num_images_per_prompt": integer(1),
+    **mar_sampling,
+    MAX_BATCH: optional(integer(1, is_bounded=False)),
+    "output_type": output_type,
+    "callback_on_step_end": step_end("latents"),
+    "callback_on_step_end_tensor_inputs": step_end_inputs("latents"),
+    "scorer": anything("mean; len; 3; lambda i, c: torch.zeros(1)", lambda v: v is None),
+    "num_candidates": integer(1, 1),
+    "image": anything("pil(); 'cat.png'", lambda v: v is None),
+    "mask": anything("torch.ones(3, 6, dtype=torch.bool)", lambda v: v is None),
+}
+MAR = [
+    Target(
+        "stack_in_mar",
+        {},
+        {
+            "hidden_size": restricted(boundless(2), lambda n: n % 2 == 0),
+            "num_hidden_layers": boundless(1),
+            "num_attention_heads": divisor_of_E,
+            "intermediate_size": optional(integer(1)),
+            "hidden_act": one_of("gelu", "relu", "silu", "quick_gelu"),
+            "attention_dropout": share,
+            "hidden_dropout": share,
+            "layer_norm_eps": positive,
+        },
+        probe=_generates_mar,
+    ),
+    Target(
+        "head_in_mar",
+        {},
+        {
+            "hidden_size": boundless(1),
+            "num_hidden_layers": boundless(0),
+            "frequency_embedding_size": restricted(integer(2), lambda n: n % 2 == 0),
+            "layer_norm_eps": positive,
+        },
+        probe=_generates_mar,
+    ),
+    Target(
+        "tiny_mar_config",
+        {},
+        {
+            "latent_shape": several(
+                integer(1),
+                3,
+                "(6, 2, 3); [6, 2, 3]; (0, 2, 3); (2, 3); (2, 3, 4.0); '234'; np.array([2, 3, 4]); (2, 3, True); 24",
+            ),
+            "patch_size": integer(1, 1),
+            "cond_vocab_size": boundless(1),
+            "cond_length": integer(1),
+            "cond_repeats": integer(1),
+            "null_cond_id": optional(integer(0, 0)),
+            "encoder_config": anything(
+                "mar_stack(); mar_stack(hidden_size=8); 3; 'abc'; rq_hf.MARTransformerConfig(); [1];"
+                "rq_hf.MARStackConfig(**mar_stack()); mar_stack(num_hidden_layers=0)",
+                lambda v: (
+                    isinstance(v, rq_hf.MARStackConfig)
+                    or v in (None, {}, {"a": 1}, mar_stack(), mar_stack(hidden_size=8))
+                ),
+            ),
+            "head_config": anything(
+                "{'hidden_size': 8}; rq_hf.MARHeadConfig(hidden_size=8); rq_hf.MARStackConfig(); 3; 'abc'",
+                lambda v: isinstance(v, rq_hf.MARHeadConfig) or v in (None, {}, {"a": 1}, {"hidden_size": 8}),
+            ),
+            "mask_ratio_min": number(lambda x: 0 < x <= 1),
+            "diffusion_batch_mul": integer(1),
+            "initializer_range": at_least_0,
+        },
+        {"encoder_config": "num_hidden_layers"},
+        probe=_generates_mar,
+    ),
+    Target(
+        "mar('class')",
+        {
+            "latents": "torch.randn(2, 6, 2, 3)",
+            "cond_ids": "tiny_condition('class')",
+            "mask": "torch.eye(2, 6) > 0",
+            "noise": "torch.randn(3, 2, 6, 6)",
+            "timesteps": "torch.randint(1000, (3, 2, 6))",
+        },
+        {
+            "latents": floats(2, C, H, W, finite=False),
+            "cond_ids": class_ids,
+            "mask": optional(token_masks(2)),
+            "noise": floats(3, 2, T, C, finite=False),
+            "timesteps": integers(3, 2, T, below=1000),
+        },
+        {"latents": "cond_ids|mask", "noise": "timesteps"},
+        is_right=lambda result: True,
+    ),
+    Target(
+        "mar('text').generate",
+        {"cond_ids": "tiny_condition('text')", "num_images": "2", **mar_fast},
+        {
+            "cond_ids": text_ids,
+            "num_images": optional(integer(2, 2)),
+            "scheduler": scheduler,
+            "generator": _generators(2),
+            "on_iteration": on_iteration,
+            **mar_sampling,
+            **guided,
+        },
+    ),
+    Target(
+        "mar('class').generate",
+        {"cond_ids": "torch.tensor([0, 3])", "num_images": "2", "guidance_scale": "2.0", **mar_fast},
+        {"cond_ids": class_ids, "negative_cond_ids": optional(class_ids), **mar_sampling, **guided},
+        {"guidance_scale": "negative_cond_ids"},
+    ),
+    Target(
+        "mar('none').generate",
+        {"known_latents": "tiny_latents(2)", "mask": "torch.eye(6)[:2] > 0", "num_inference_steps": "2"},
+        {
+            "known_latents": mar_latents,
+            "mask": token_masks(2),
+            "num_images": optional(integer(2, 2)),
+            "num_iterations": optional(integer(1, 1)),
+            "generator": _generators(2),
+            "guidance_scale": number(lambda x: x == 1),
+        },
+        {"mask": "num_iterations|known_latents"},
+    ),
+    Target(
+        "mar_pipe('class')",
+        labels_call | fast | mar_fast,
+        {
+            "class_labels": class_labels,
+            "prompt": anything("'red'", lambda v: v is None),
+            "generator": _generators(2),
+            **mar_common,
+            **guided,
+        },
+    ),
+    Target(
+        "mar_pipe('text')",
+        {"prompt": "['red', 'green']", "guidance_scale": "2.0", **fast, **mar_fast},
+        {"prompt": prompts, "negative_prompt": optional(several_prompts), "generator": _generators(2), **guided},
+        {"prompt": "negative_prompt", "negative_prompt": "prompt", "guidance_scale": "negative_cond_ids"},
+    ),
+    Target(
+        "mar_pipe('none')",
+        {"known_latents": "tiny_latents(1)", "mask": "torch.arange(6)[None] > 2", **fast, **mar_fast},
+        {
+            "known_latents": mar_latents_of_one,
+            "mask": token_masks(1),
+            "num_iterations": optional(integer(1, 3)),
+            "num_inference_steps": mar_steps,
+            "generator": _generators(1),
+            "guidance_scale": number(lambda x: x == 1),
+        },
+        {"mask": "num_iterations"},
+    ),
+    Target(
+        "mar_pipe('none')",
+        {"image": "torch.rand(1, 3, 4, 6)", "mask_image": "pil('L')", "num_inference_steps": "2", **fast},
+        {"image": restricted(image, lambda x: x.shape == (1, 3, HEIGHT, WIDTH)), "mask_image": mask_image},
+        {"image": "images|width", "mask_image": "image"},
+    ),
+    Target(
+        "mar_pipe('none')",
+        {"image": "torch.rand(1, 3, 4, 6)", "strength": "0.5", "num_inference_steps": "2", **fast},
+        {
+            "image": restricted(image, lambda x: x.shape == (1, 3, HEIGHT, WIDTH)),
+            "strength": number(lambda x: 0 < x <= 1),
+        },
+        {"image": "images|width|strength", "strength": "image"},
+    ),
+    Target(
+        "mar_pipe('class')",
+        scored | fast | mar_fast,
+        {"num_candidates": integer(2), "num_images_per_prompt": integer(1), MAX_BATCH: optional(integer(1))},
+    ),
+    Target(
+        "mar_pipe('class').encode_image",
+        {"image": "torch.rand(2, 3, 4, 6)"},
+        {"image": image, "resize": anything("'crop'", lambda v: v is False)},
+        {"image": "images|pixels|height"},
+    ),
+    Target(
+        "mar_pipe('class').reconstruct",
+        {"image": "torch.rand(2, 3, 4, 6)", **fast},
+        {"image": image, "output_type": image_type},
+        {"image": "images|pixels|height"},
+    ),
+    Target(
+        "mar_pipe('class').decode_latents",
+        {"latents": "tiny_latents()", **fast},
+        {"latents": floats(None, C, None, None), "output_type": image_type},
+        {"latents": "vae"},
+    ),
+    Target(
+        "rq_hf.MARPipeline",
+        {"vae": "tiny_kl()", "transformer": "None", "scheduler": "None"},
+        {
+            "vae": anything(
+                "tiny_kl(); vae(); None; mar('none'); vae().config; 'vae'",
+                lambda v: v is None or isinstance(v, rq_hf.RQVAEModel | diffusers.AutoencoderKL),
+            ),
+            "transformer": anything("transformer('none'); vae(); 'abc'; None", lambda v: v is None),
+            "scheduler": scheduler,
+            "tokenizer": anything(
+                "tokenizer(); None; 'abc'; vae(); 3", lambda v: v is None or hasattr(v, "pad_token_id")
+            ),
         },
         probe=lambda pipe: sorted(pipe.components),
     ),
@@ -1066,6 +1416,7 @@ TARGETS = [
     *CONFIGS,
     *TRANSFORMER,
     *PIPELINE,
+    *MAR,
     *METRICS,
     *CONTINUOUS_LATENTS,
     *COLLATORS,

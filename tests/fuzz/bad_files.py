@@ -194,7 +194,7 @@ def converter_line(rng: random.Random, folder: Path) -> FileCase:
         "b",
     ]
     line = [
-        rng.choice(["--rqvae", "--rqtransformer", "--tokenizer", "--ema", "--nope", rng.choice(places)])
+        rng.choice(["--rqvae", "--rqtransformer", "--tokenizer", "--vae", "--ema", "--nope", rng.choice(places)])
         for _ in range(rng.randint(0, 3))
     ]
     line = [

@@ -61,7 +61,7 @@ def test_reverse_steps():
         steps, index, temperature = int(steps), int(index.removeprefix("index")), float(what.split("temperature")[1])
         chain_index = steps - 1 - index
         noise = io[f"in/{steps}/noise"]
-        step = AncestralStep(steps, noise.expand(1 + steps, -1, -1), temperature)
+        step = AncestralStep(spaced_timesteps(steps), noise.expand(1 + steps, -1, -1), temperature)
         predicted, fraction = io[f"in/{steps}/model_output"].chunk(2, dim=-1)
         x = step(chain_index, io[f"in/{steps}/x"], predicted, fraction)
         is_first = step.timesteps[chain_index] == 999

@@ -15,6 +15,7 @@ from rq_hf import (
     RQTransformerModel,
     RQVAEModel,
 )
+from rq_hf.models.mar_transformer.denoising import default_scheduler
 from rq_hf.text import train_tokenizer
 
 H, W, D, K, C, L, E = 2, 3, 4, 12, 6, 5, 16
@@ -120,8 +121,8 @@ def tiny_mar(kind="none", **overrides):
 
 
 def tiny_mar_pipeline(kind="none", vae=tiny_kl, **overrides):
-    vae = vae(scaling_factor=MAR_SCALE)
-    pipe = MARPipeline(vae, tiny_mar(kind, **overrides), tokenizer=tiny_tokenizer() if kind == "text" else None)
+    vae, transformer = vae(scaling_factor=MAR_SCALE), tiny_mar(kind, **overrides)
+    pipe = MARPipeline(vae, transformer, default_scheduler(), tiny_tokenizer() if kind == "text" else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -15,8 +15,10 @@ from torch import nn
 from rq_hf.data import ImageCollator, LatentCollator, write_description
 from rq_hf.training import (
     AutoencoderArguments,
+    ClassArguments,
     LossArguments,
     RunArguments,
+    TextArguments,
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
@@ -66,6 +68,7 @@ class TestRunArguments:
 class TestOptionsOfAResumedRun:
     def test_that_may_change_exist(self):
         classes = (RunArguments, TrainingDataArguments, TransformerArguments, ValidationArguments)
+        classes += (TextArguments, ClassArguments)
         names = {option.name for arguments in classes for option in fields(arguments)}
         for script in EXAMPLES.glob("train_*.py"):
             names |= set(re.findall(r"^    (\w+): .*field\(", script.read_text(), flags=re.MULTILINE))
@@ -132,19 +135,21 @@ class TestLatentsOption:
     )
     def test_refuses_options_of_images(self, vae, option, value):
         with pytest.raises(ValueError, match=f"--{option} applies to images"):
-            TransformerArguments("vae", latents="latents").load_dataset(vae, TrainingDataArguments(**{option: value}))
+            TransformerArguments(rqvae="vae", latents="latents").load_dataset(
+                vae, TrainingDataArguments(**{option: value})
+            )
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     def test_collates_latents(self, vae, tmp_path, dtype):
         write_description(tmp_path, vae, dtype)
         data = TrainingDataArguments(random_flip=False)
-        collate = TransformerArguments("vae", latents=tmp_path).create_collator(vae, data, label_column="label")
+        collate = TransformerArguments(rqvae="vae", latents=tmp_path).create_collator(vae, data, label_column="label")
         assert isinstance(collate, LatentCollator)
         assert (collate.dtype, collate.label_column) == (dtype, "label")
 
     def test_left_out_collates_images_of_the_size_of_the_rqvae(self, vae):
         data = TrainingDataArguments(image_column="img", random_flip=True, center_crop=False)
-        collate = TransformerArguments("vae").create_collator(vae, data, label_column="label")
+        collate = TransformerArguments(rqvae="vae").create_collator(vae, data, label_column="label")
         assert isinstance(collate, ImageCollator)
         assert (collate.image_column, collate.resolution, collate.label_column) == ("img", 8, "label")
         assert (collate.random_flip, collate.center_crop) == (True, False)
@@ -164,12 +169,14 @@ class TestPresets:
 
     @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
     def test_has_options_of_the_scripts_only(self, path):
-        preset, rqvae, text = json.loads(path.read_text()), runpy.run_path(RQVAE), runpy.run_path(TEXT)
+        preset, rqvae = json.loads(path.read_text()), runpy.run_path(RQVAE)
+        mar = runpy.run_path(EXAMPLES / "train_mar.py")
         scripts = {
             "autoencoder": (RunArguments, AutoencoderArguments, LossArguments),
             "rqvae": (rqvae["RQVAEArguments"],),
             "transformer": (RunArguments, TransformerArguments),
-            "text": (text["TextArguments"],),
+            "mar": (RunArguments, mar["MARArguments"]),
+            "text": (TextArguments,),
         }
         assert preset.keys() == scripts.keys()
         for section, classes in scripts.items():
@@ -201,6 +208,6 @@ class TestValidationArguments:
         assert (files.dataset_name, files.data_files, files.random_flip) == (None, "held_out.parquet", False)
 
     def test_refuses_a_split_of_latents(self):
-        args = TransformerArguments("vae", latents="latents")
+        args = TransformerArguments(rqvae="vae", latents="latents")
         with pytest.raises(ValueError, match="with --latents, pass --validation_files FOLDER"):
             args.load_validation(ValidationArguments(validation_split="test"), tiny_vae(), TrainingDataArguments(), 8)

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from ..argument_checks import check_bool, check_items, check_number, check_size, is_integer
 from ..models import MARTransformerModel
 from ..models.continuous_latents import pixels_per_latent
+from ..models.mar_transformer.denoising import default_scheduler
 from ..pipelines import MARPipeline
 from ..untrusted_files import read_torch_file, shown
 from .conversion import error_context, with_weights, working_folder
@@ -115,7 +116,7 @@ def convert_mar_checkpoints(
         else:
             sides = zip(transformer.config.latent_shape[1:], pixels_per_latent(autoencoder))
             autoencoder.register_to_config(sample_size=min(side * pixels for side, pixels in sides))
-            model = MARPipeline(autoencoder, transformer)
+            model = MARPipeline(autoencoder, transformer, default_scheduler())
         model = with_weights(model, weights, mar_card(model), scratch / "finished", destination)
     return model, ignored, destination
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from ..argument_checks import check_bool, check_dense, check_floating, check_shape
+from ..argument_checks import check_bool, check_dense, check_floating, check_shape, check_values
 from ..images import color_mode, to_pixels, to_rgb
 
 
@@ -40,7 +40,7 @@ def prepare_image(
         pixels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(converted))
     else:
         pixels = torch.cat([to_unit_pixels(i, channels) for i in images])
-    return VaeImageProcessor.normalize(pixels)
+    return VaeImageProcessor.normalize(pixels.float())
 
 
 def as_images(name: str, image: PipelineImageInput) -> list:
@@ -77,6 +77,7 @@ def to_unit_pixels(image: np.ndarray | torch.Tensor, channels: int) -> torch.Ten
 
 def check_unit_range(name: str, pixels: torch.Tensor) -> None:
     """Raises `ValueError` unless all values lie in [0, 1]."""
+    check_values(name, pixels)
     lowest, highest = (float(value) for value in pixels.aminmax())
     if not 0 <= lowest <= highest <= 1:  # aminmax gives NaN where there is one
         raise ValueError(f"{name} must lie in [0, 1], got values from {lowest:.4g} to {highest:.4g}")

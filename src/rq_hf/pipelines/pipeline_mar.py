@@ -17,13 +17,22 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedTokenizerBase
 
-from ..argument_checks import check_choice, check_instance, check_number, check_size
+from ..argument_checks import (
+    check_choice,
+    check_dense,
+    check_finite,
+    check_instance,
+    check_number,
+    check_size,
+    check_values,
+)
 from ..model_cards import model_card, pipeline_usage
 from ..models import MARTransformerConfig, MARTransformerModel, RQVAEModel, continuous_latents
 from ..models.continuous_latents import Autoencoder
-from ..models.mar_transformer.denoising import NumSteps, check_scheduler, default_scheduler, num_steps_of
+from ..models.mar_transformer.denoising import NumSteps, check_scheduler, num_steps_of
 from ..models.mar_transformer.generation_mar_transformer import resolve_num_iterations
 from ..models.pretrained import reading
 from ..models.random_numbers import Generators, check_generator, seeded_generators, uniform_numbers
@@ -75,9 +84,10 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         vae ([`~diffusers.AutoencoderKL`], [`RQVAEModel`], or `None`): encodes images to latents and decodes them; of
             an `RQVAEModel`, those before its quantizer. Sampling latents alone (`output_type="latent"`) works without.
         transformer ([`MARTransformerModel`], or `None`): samples latents. Encoding and decoding work without.
-        scheduler ([`~diffusers.DDPMScheduler`], `DDIMScheduler`, `DPMSolverMultistepScheduler` or
-            `UniPCMultistepScheduler`, *optional*): how tokens are denoised (default: the authors' chain, a
-            `DDPMScheduler`). Another one is made of it by its `from_config(pipe.scheduler.config)`.
+        scheduler ([`~diffusers.DDPMScheduler`], `DDIMScheduler`, `DPMSolverMultistepScheduler`,
+            `UniPCMultistepScheduler`, or `None`): how tokens are denoised. [`default_scheduler`] makes that of the
+            authors' chain; others are made of it by their `from_config(pipe.scheduler.config)`. Encoding and decoding
+            work without.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): tokenizer of a text model.
     """
 
@@ -89,21 +99,20 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         self,
         vae: Autoencoder | None,
         transformer: MARTransformerModel | None,
-        scheduler: SchedulerMixin | None = None,
+        scheduler: SchedulerMixin | None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
-        if vae is not None:
-            continuous_latents.check_autoencoder(vae)
         # Compiled models and models with adapters are wrapped.
+        if vae is not None:
+            continuous_latents.check_autoencoder(unwrapped(vae))
         if transformer is not None and not isinstance(getattr(transformer, "config", None), MARTransformerConfig):
             raise TypeError(f"transformer must be a MARTransformerModel, got {transformer!r:.80}")
-        scheduler = default_scheduler() if scheduler is None else scheduler
         check_scheduler(scheduler, temperature=1.0)
         if tokenizer is not None:
             check_instance("tokenizer", tokenizer, PreTrainedTokenizerBase)
         if vae is not None and transformer is not None:
-            check_same_channels(vae, transformer)
+            check_same_channels(unwrapped(vae), transformer)
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
@@ -164,6 +173,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     ) -> None:
         """Raises `ValueError`/`TypeError` for arguments that contradict each other or do not fit the model."""
         self._require("transformer")
+        self._require("scheduler")
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type != "latent" or scorer is not None or image is not None or mask_image is not None:
             self._require("vae")
@@ -328,6 +338,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         if known_latents is not None:
             known_latents = self._one_per_sample("known_latents", known_latents, num_samples)
             self.transformer.check_latents(known_latents, "known_latents")
+            check_finite("known_latents", known_latents)
 
         # 4. Sample latents batch by batch, and score their images
         parts = batches(num_samples, max_batch_size)
@@ -336,6 +347,9 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         self._interrupt = False
         device = self._execution_device
         latents = torch.zeros(num_samples, *self.transformer.config.latent_shape, device=device)
+        if known_latents is not None:
+            known_tokens = self.transformer.patchify(known_latents.to(latents))
+            latents = self.transformer.unpatchify(known_tokens.masked_fill(mask.to(device)[..., None], 0))
         scores = torch.full([num_samples], -torch.inf)
         try:
             with self.progress_bar(total=self.num_timesteps) as progress_bar:
@@ -395,7 +409,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     @property
     def _pixels_per_token(self) -> tuple[int, int]:
         """Rows and columns of pixels."""
-        rows, columns = continuous_latents.pixels_per_latent(self.vae)
+        rows, columns = continuous_latents.pixels_per_latent(unwrapped(self.vae))
         return rows * self.transformer.config.patch_size, columns * self.transformer.config.patch_size
 
     @property
@@ -405,7 +419,10 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
 
     def _mask_of_image(self, mask_image: PipelineImageInput) -> torch.Tensor:
         """The tokens that a mask of pixels hides, `(B, T)`."""
-        return mask_tokens(prepare_mask_image(mask_image, *self._image_size), self._pixels_per_token)
+        pixel_mask = prepare_mask_image(mask_image, *self._image_size)
+        if not pixel_mask.flatten(1).any(dim=1).all():
+            raise ValueError("mask_image must be white somewhere, got a mask that hides nothing")
+        return mask_tokens(pixel_mask, self._pixels_per_token)
 
     def _encode_given(self, image: PipelineImageInput, num_samples: int, max_batch_size: int) -> torch.Tensor:
         """Latents of one image, or one per sampled image."""
@@ -424,7 +441,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     @staticmethod
     def _one_per_sample(name: str, rows: torch.Tensor, num_samples: int) -> torch.Tensor:
         """One row for every sampled image."""
-        check_instance(name, rows, torch.Tensor)
+        check_dense(name, rows)
         if rows.ndim == 0 or len(rows) not in (1, num_samples):
             raise ValueError(f"{name} must be one, or one per sampled image ({num_samples}), got {tuple(rows.shape)}")
         return rows.expand(num_samples, *rows.shape[1:])
@@ -455,7 +472,7 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         if self.vae is not None:
             if on_cpu:
                 self.vae.enable_slicing()
-            if isinstance(self.vae, RQVAEModel):
+            if isinstance(unwrapped(self.vae), RQVAEModel):
                 self.vae.fuse_blocks()
 
     @torch.no_grad()
@@ -480,11 +497,13 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     def _pixels_of(self, image: PipelineImageInput, resize: bool) -> torch.Tensor:
         """`(B, 3, height, width)` in [-1, 1]."""
         config = self.vae.config
-        pixels_per_latent = continuous_latents.pixels_per_latent(self.vae)
+        pixels_per_latent = continuous_latents.pixels_per_latent(unwrapped(self.vae))
         return prepare_image(image, resize, config.in_channels, config.sample_size, pixels_per_latent)
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return continuous_latents.encode_latents(self.vae, pixels.to(self._execution_device, self.vae.dtype))
+        return continuous_latents.encode_latents(
+            unwrapped(self.vae), pixels.to(self._execution_device, self.vae.dtype)
+        )
 
     @torch.no_grad()
     def decode_latents(
@@ -494,12 +513,14 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         `"pt"`)."""
         self._require("vae")
         check_choice("output_type", output_type, IMAGE_TYPES)
+        check_dense("latents", latents)
+        check_values("latents", latents)
         return self.image_processor.postprocess(self._decode(latents), output_type=output_type)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, channels, height, width)` -> pixels `(B, 3, height, width)`; `ValueError` where they are NaN or
         infinite."""
-        return finite_pixels(continuous_latents.decode_latents(self.vae, latents))
+        return finite_pixels(continuous_latents.decode_latents(unwrapped(self.vae), latents))
 
     def reconstruct(
         self, image: PipelineImageInput, output_type: str = "pil", resize: bool = False
@@ -520,6 +541,11 @@ def pipeline_card(transformer: MARTransformerModel, call: str, model: str = "...
         pipeline_tag="text-to-image" if is_text_conditional(config) else "unconditional-image-generation",
         tags=["mar"],
     )
+
+
+def unwrapped(vae: Autoencoder) -> Autoencoder:
+    """The autoencoder itself where it is compiled, which concerns only its `forward`."""
+    return vae._orig_mod if is_compiled_module(vae) else vae
 
 
 def random_masks(generator: Generators, count: int, num_tokens: int, share: float) -> torch.Tensor:

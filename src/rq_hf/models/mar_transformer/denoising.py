@@ -3,6 +3,7 @@
 Shapes: `N` tokens, `C` numbers of a token, `Z` width of the decoder, `S` denoising steps.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,13 +31,18 @@ NEEDED = {
 MODULATION_NUMBERS = 2**25
 
 
-def default_scheduler() -> DDPMScheduler:
-    """The scheduler whose chain is the authors'."""
+def default_scheduler(timestep_spacing: str = "linspace") -> DDPMScheduler:
+    """
+    The scheduler whose chain is the authors'.
+
+    Their spacing, `"linspace"`, begins at t = 999, where errors of the head are multiplied by 1/√ᾱ = 20,291: with a
+    head that was trained briefly, tokens explode. `"leading"` begins lower, at 960 with 25 steps.
+    """
     return DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
         variance_type="learned_range",
         clip_sample=False,
-        timestep_spacing="linspace",
+        timestep_spacing=timestep_spacing,
     )
 
 
@@ -51,7 +57,7 @@ def check_scheduler(scheduler: SchedulerMixin | None, temperature: float) -> Non
         raise TypeError(f"scheduler must be one of {accepted}, got {scheduler!r:.80}")
     needed = dict(NEEDED)
     if isinstance(scheduler, DDPMScheduler):
-        needed |= {"variance_type": "learned_range", "timestep_spacing": "linspace"}
+        needed["variance_type"] = "learned_range"
     if isinstance(scheduler, DDPMScheduler | DDIMScheduler):
         needed["clip_sample"] = False
     for name, value in needed.items():
@@ -66,6 +72,14 @@ def check_scheduler(scheduler: SchedulerMixin | None, temperature: float) -> Non
             f"temperature {temperature} needs a DDPMScheduler; {type(scheduler).__name__} adds no noise that it could "
             "scale"
         )
+
+
+def solver_of(scheduler: SchedulerMixin | None) -> SchedulerMixin | None:
+    """A copy of a scheduler, for predictions without variances where it adds no noise."""
+    if scheduler is None or isinstance(scheduler, DDPMScheduler):
+        return copy.copy(scheduler)
+    # Of predictions with a variance, DPM-Solver would take the first 3 channels as those of an image.
+    return type(scheduler).from_config(scheduler.config, variance_type=None)
 
 
 def num_steps_of(num_inference_steps: NumSteps, num_iterations: int) -> list[int]:
@@ -96,6 +110,7 @@ def denoise(
     Args:
         conditions: z, `(1, N, Z)`; with guidance `(2, N, Z)`, conditional and null.
         noise: `(1 + S, N, C)`, that of the start and of every step; the last step adds none.
+        scheduler: see [`solver_of`].
         guidance_scales: `(N, 1)`.
 
     Returns:
@@ -103,7 +118,7 @@ def denoise(
     """
     num_steps = len(noise) - 1
     if scheduler is None or isinstance(scheduler, DDPMScheduler):
-        step = AncestralStep(num_steps, noise, temperature)
+        step = AncestralStep(chain_timesteps(scheduler, num_steps), noise, temperature)
         timesteps = step.timesteps
     else:
         scheduler.set_timesteps(num_steps, device=noise.device)
@@ -119,11 +134,20 @@ def denoise(
     return tokens
 
 
-class AncestralStep:
-    """Reverse steps with learned variances, from the largest timestep down (Ho et al., 2020, algorithm 2)."""
+def chain_timesteps(scheduler: DDPMScheduler | None, num_steps: int) -> torch.Tensor:
+    """`(S,)` timesteps, ascending: from 0 to 999 as in the authors' code, or of another spacing of the scheduler."""
+    if scheduler is None or scheduler.config.timestep_spacing == "linspace":
+        return spaced_timesteps(num_steps)
+    scheduler.set_timesteps(num_steps)
+    return scheduler.timesteps.flip(0)
 
-    def __init__(self, num_steps: int, noise: torch.Tensor, temperature: float):
-        process = DiffusionProcess.over(spaced_timesteps(num_steps))
+
+class AncestralStep:
+    """Reverse steps with learned variances, from the largest of the timesteps `(S,)` down (Ho et al., 2020, algorithm
+    2)."""
+
+    def __init__(self, timesteps: torch.Tensor, noise: torch.Tensor, temperature: float):
+        process = DiffusionProcess.over(timesteps)
         self.timesteps = process.timesteps.flip(0)
         self._noise, self._temperature = noise, temperature
         # coef1·(recip·x_t − recipm1·ε) + coef2·x_t, as factors of x_t and ε

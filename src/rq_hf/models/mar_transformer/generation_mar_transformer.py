@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from ...argument_checks import check_callable, check_choice, check_dense, check_floating, check_number, check_size
 from ..offloading import onload_weights
 from ..random_numbers import Generators, check_generator, normal_numbers, seeded_generators, uniform_numbers
-from .denoising import NumSteps, check_scheduler, denoise, num_steps_of
+from .denoising import NumSteps, check_scheduler, denoise, num_steps_of, solver_of
 from .masking import positions_of, sampling_masks
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
@@ -84,8 +84,8 @@ class MARGenerationMixin:
         mask = self._prepare_mask(known_latents, mask, batch_size)  # (B, T), on the CPU
         num_iterations = resolve_num_iterations(num_iterations, mask)
         steps = num_steps_of(num_inference_steps, num_iterations)
-        check_scheduler(scheduler, temperature)
         check_number("temperature", temperature, "be at least 0")
+        check_scheduler(scheduler, temperature)
         self.check_guidance(guidance_scale, guidance_schedule, negative_cond_ids)
         check_generator(generator, batch_size)
         check_callable("on_iteration", on_iteration)
@@ -96,7 +96,7 @@ class MARGenerationMixin:
         if known_latents is not None:
             known = self.patchify(known_latents.to(self.device, torch.float32))
             tokens = known.masked_fill(mask.to(self.device)[..., None], 0)
-        generator = seeded_generators(generator)
+        scheduler, generator = solver_of(scheduler), seeded_generators(generator)
         orders = uniform_numbers(generator, mask.shape, torch.device("cpu")).argsort(dim=-1)
         masks = sampling_masks(orders, mask, num_iterations)
         predict_conditions, denoise_tokens = self._sampling_steps()

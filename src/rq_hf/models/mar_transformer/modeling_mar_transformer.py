@@ -17,7 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from ...argument_checks import check_dense, check_floating, check_instance, check_int64, check_range, check_shape
+from ...argument_checks import (
+    check_dense,
+    check_floating,
+    check_instance,
+    check_int64,
+    check_range,
+    check_shape,
+    check_values,
+)
 from ..conditional_model import ConditionalModelMixin
 from .acceleration import MARAccelerationMixin
 from .configuration_mar_transformer import MARStackConfig, MARTransformerConfig
@@ -251,7 +259,7 @@ class MARTransformerModel(MARAccelerationMixin, MARGenerationMixin, ConditionalM
         tokens = self.patchify(latents)  # (B, T, C)
         if noise is None:
             noise = torch.randn(self.config.diffusion_batch_mul, *tokens.shape, device=self.device)
-        check_floating("noise", noise, "R", *tokens.shape)
+        self._check_floating("noise", noise, "R", *tokens.shape)
         if timesteps is None:
             timesteps = torch.randint(NUM_TRAIN_TIMESTEPS, noise.shape[:3], device=self.device)
         check_int64("timesteps", timesteps, *noise.shape[:3])
@@ -269,6 +277,12 @@ class MARTransformerModel(MARAccelerationMixin, MARGenerationMixin, ConditionalM
         output = MARTransformerOutput(loss=mse + vlb, mse=mse, vlb=vlb, mask=mask)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As in transformers, which would warn about the head: it has no attention."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = dict.fromkeys(("", "encoder_config", "decoder_config"), attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(B, channels, height, width)` -> tokens `(B, T, C)`; within a token channels, then rows, then
@@ -373,7 +387,12 @@ class MARTransformerModel(MARAccelerationMixin, MARGenerationMixin, ConditionalM
 
     def check_latents(self, latents: torch.Tensor, name: str = "latents") -> None:
         """Raises `ValueError`/`TypeError` unless these are latents of this model."""
-        check_floating(name, latents, "B", *self.config.latent_shape)
+        self._check_floating(name, latents, "B", *self.config.latent_shape)
+
+    def _check_floating(self, name: str, value: torch.Tensor, *shape: int | str) -> None:
+        check_floating(name, value, *shape)
+        if self.device.type != "meta":
+            check_values(name, value)
 
     def check_mask(self, mask: torch.Tensor, batch_size: int) -> None:
         """Raises `ValueError`/`TypeError` unless `mask` is boolean of shape `(B, T)` and hides a token of every
