@@ -1,5 +1,7 @@
 """Faster sampling from the MAR transformer on a CPU: weights packed for oneDNN."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,9 +9,13 @@ from torch import nn
 from ..packing import PackedBlock, PackedLinear, linear_layers_of_blocks, pack_linear_layers
 from .masking import rows_at
 
+# The layers of a denoising step act on few rows: in narrower heads, oneDNN takes longer to call than it saves.
+LEAST_HEAD_WIDTH = 512
+
 
 class MARAccelerationMixin:
-    """`pack_weights` of [`MARTransformerModel`]."""
+    """`pack_weights` of [`MARTransformerModel`]. Overrides how [`MARGenerationMixin`] runs its two steps; the sampling
+    loop does not change."""
 
     def pack_weights(self) -> None:
         """
@@ -29,13 +35,22 @@ class MARAccelerationMixin:
     def is_packed(self) -> bool:
         return isinstance(self.decoder_projection, PackedLinear)
 
+    def _sampling_steps(self) -> tuple[Callable, Callable]:
+        steps = super()._sampling_steps()
+        if not self.is_packed:
+            return steps
+        predict, denoise = steps
+        return torch.inference_mode()(predict), torch.inference_mode()(denoise)  # without autograd's bookkeeping
+
 
 def linear_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The linear layers of a MAR transformer, as (parent, name), without those that act on C numbers only."""
+    """The linear layers of a MAR transformer that are faster packed, as (parent, name)."""
     head = model.head
     places = [(model, "decoder_projection"), (head, "cond_projection"), (head, "output_modulation")]
     places += [(head.time_embedding, name) for name in ("linear_1", "linear_2")]
-    places += [(layer, name) for layer in head.layers for name in ("linear_1", "linear_2", "modulation")]
+    places += [(layer, "modulation") for layer in head.layers]
+    if head.config.hidden_size >= LEAST_HEAD_WIDTH:
+        places += [(layer, name) for layer in head.layers for name in ("linear_1", "linear_2")]
     return places + linear_layers_of_blocks([*model.encoder.layers, *model.decoder.layers])
 
 

@@ -6,6 +6,7 @@ decoder, `N` tokens that are revealed in one iteration in all images, `S` denois
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
@@ -98,18 +99,19 @@ class MARGenerationMixin:
         scheduler, generator = solver_of(scheduler), seeded_generators(generator)
         orders = uniform_numbers(generator, mask.shape, torch.device("cpu")).argsort(dim=-1)
         masks = sampling_masks(orders, mask, num_iterations)
+        predict_conditions, denoise_tokens = self._sampling_steps()
         for iteration, (hidden, still_hidden) in enumerate(zip(masks, masks[1:])):
             revealed = hidden & ~still_hidden
             rows, columns = revealed.nonzero(as_tuple=True)  # (N,), image by image
-            conditions = self._conditions_of(tokens, cond_ids, hidden, revealed)  # (1 or 2, N, Z)
+            conditions = predict_conditions(tokens, cond_ids, hidden, revealed)  # (1 or 2, N, Z)
             scales = None
             if guidance_scale != 1:
                 scales = self._guidance_scales(guidance_scale, guidance_schedule, still_hidden)[rows].to(self.device)
             noise = normal_numbers(
                 generator, (1 + steps[iteration], rows.numel(), tokens.shape[-1]), rows, self.device
             )
-            tokens[rows.to(self.device), columns.to(self.device)] = denoise(
-                self.head, conditions, noise, scheduler, temperature=temperature, guidance_scales=scales
+            tokens[rows.to(self.device), columns.to(self.device)] = denoise_tokens(
+                conditions, noise, scheduler, temperature=temperature, guidance_scales=scales
             )
             if on_iteration is not None:
                 tokens = self._apply_callback(on_iteration, iteration, tokens, still_hidden)
@@ -119,6 +121,10 @@ class MARGenerationMixin:
                 "guidance_scale or temperature is large, a smaller one"
             )
         return self.unpatchify(tokens)
+
+    def _sampling_steps(self) -> tuple[Callable, Callable]:
+        """What takes the time of an iteration: [`_conditions_of`], and [`denoise`] with the head."""
+        return self._conditions_of, partial(denoise, self.head)
 
     def _conditions_of(self, tokens, cond_ids, hidden, revealed) -> torch.Tensor:
         """z of the tokens to reveal, `(1, N, Z)`, or `(2, N, Z)` with guidance."""
