@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers.utils import find_labels
 
-from rq_hf import RQTransformerModel, RQVAEModel
+from rq_hf import MARTransformerModel, RQTransformerModel, RQVAEModel
 
 
 class Contract(NamedTuple):
@@ -115,6 +115,7 @@ def mar_contract(kind):
         loss=lambda output: output.loss,
         uses=uses_of_mar,
         auto_classes=(transformers.AutoModel, diffusers.AutoModel),
+        accelerate=MARTransformerModel.pack_weights,
     )
 
 

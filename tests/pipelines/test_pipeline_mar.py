@@ -477,3 +477,15 @@ def test_schedulers_that_do_not_fit_are_refused(pipe):
         pipe.scheduler = DDPMScheduler.from_config(default_scheduler().config, **change)
         with pytest.raises(ValueError, match=f"the scheduler's {message} for this model, got"):
             pipe(**MAR_CALL)
+
+
+@vaes
+def test_compiled_pipeline_draws_the_same(vae):
+    pipe = tiny_mar_pipeline("text", vae)
+    call = MAR_CALL | CALLS["text"] | {"guidance_scale": 2.0, "generator": [0, 1], "output_type": "pt"}
+    expected = pipe(**call)
+    pipe.compile()
+    assert pipe.transformer.is_packed
+    actual = pipe(**call)
+    torch.testing.assert_close(actual.latents / MAR_SCALE, expected.latents / MAR_SCALE, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.images, expected.images, rtol=1e-3, atol=1e-3)
