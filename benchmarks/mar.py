@@ -128,7 +128,7 @@ def make_sampler(case, name, reference):
         if "bf16" in name:
             model.to(torch.bfloat16)
         if "compiled" in name:
-            MARPipeline(None, model).compile()
+            MARPipeline(None, model, None).compile()
         methods = [(model, "encode"), (model, "decode"), (generation_mar_transformer, "denoise")]
 
         def run():
