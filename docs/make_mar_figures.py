@@ -34,9 +34,8 @@ def inpaintings(pipe: MARPipeline, images: torch.Tensor) -> torch.Tensor:
     rows, seeds = [images, images * (1 - mask) + 0.5 * mask], list(range(len(images)))
     for shift in (0, 1, 2):
         prompts = [SUBJECTS[(i + shift) % len(SUBJECTS)] for i in range(len(images))]
-        rows.append(
-            pipe(prompts, image=images, mask_image=mask, generator=list(range(len(images))), **SETTINGS).images
-        )
+        edited = pipe(prompts, image=images, mask_image=mask, generator=seeds, **SETTINGS)
+        rows.append(edited.images)
     return torch.stack(rows, dim=1).flatten(0, 1)
 
 

@@ -79,7 +79,7 @@ class MARArguments(LatentsArguments):
     timestep_spacing: str = field(
         default="linspace",
         metadata={
-            "help": "Where denoising begins, in the finished pipeline: linspace, the authors', at t = 999, where small "
+            "help": "Where the finished pipeline begins to denoise: linspace, the authors', at t = 999, where small "
             "errors of the head are multiplied by 20,000; leading begins lower, for short runs.",
             "choices": ["linspace", "leading"],
         },
@@ -124,8 +124,8 @@ class MARArguments(LatentsArguments):
 
 @torch.no_grad()
 def scale_latents(vae: RQVAEModel, dataset, collate) -> None:
-    """Sets the scaling factor of an RQ-VAE that has none yet, from its latents of the first images."""
-    batches = first_batches(dataset, collate, SCALING_FACTOR_IMAGES, batch_size=32)
+    """Sets the scaling factor of an RQ-VAE that has none yet, from its latents of some images."""
+    batches = first_batches(dataset.shuffle(seed=0), collate, SCALING_FACTOR_IMAGES, batch_size=32)
     factor = measure_scaling_factor(
         batch["latents"] if "latents" in batch else encode_moments(vae, batch["pixels"].to(vae.device))
         for batch in batches

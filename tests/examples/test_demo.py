@@ -1,5 +1,6 @@
-"""The pipeline that comes with the package, and the demo that draws with it."""
+"""The pipelines that come with the package, and the demo that samples with them."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -15,32 +16,55 @@ import rq_hf
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = rq_hf.RQPipeline.from_pretrained(rq_hf.EMOJI_MODEL)
+SETTINGS = {"rq": {}, "mar": {"guidance_scale": 3.0, "num_iterations": 16, "num_inference_steps": 25}}
+SHIPPED = {"rq": (rq_hf.RQPipeline, rq_hf.EMOJI_MODEL, 20e6), "mar": (rq_hf.MARPipeline, rq_hf.MAR_EMOJI_MODEL, 14e6)}
+both_methods = pytest.mark.parametrize("method", SHIPPED)
+
+
+@functools.cache
+def shipped(method):
+    pipeline_class, folder, _ = SHIPPED[method]
+    pipe = pipeline_class.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_shipped_pipeline_is_small_and_has_a_card():
-    folder = Path(rq_hf.EMOJI_MODEL)
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 20e6
+@both_methods
+def test_shipped_pipeline_is_small_and_has_a_card(method):
+    _, folder, largest = SHIPPED[method]
+    folder = Path(folder)
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= largest
     assert "OFL" in (folder / "README.md").read_text()
     assert list(folder.rglob("*.bin")) == []
 
 
-def test_shipped_pipeline_computes_in_single_precision(pipe):
+@both_methods
+def test_shipped_pipeline_computes_in_single_precision(method):
+    pipe = shipped(method)
     assert pipe.vae.dtype == pipe.transformer.dtype == torch.float32
 
 
-def test_shipped_pipeline_draws_different_emoji_on_white(pipe):
+@both_methods
+def test_shipped_pipeline_samples_different_emoji_on_white(method):
     prompts = ["red heart", "blue heart", "fire engine"]
-    images = pipe(prompts, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    generator = torch.Generator().manual_seed(0)
+    images = shipped(method)(prompts, generator=generator, output_type="pt", **SETTINGS[method]).images
     assert images.shape == (3, 3, 64, 64)
     assert images[..., :2, :2].mean() > 0.95
     red_heart, blue_heart, _ = images[:, :, 24:40, 24:40].mean(dim=(2, 3))
     assert red_heart[0] > red_heart[2] + 0.3
     assert blue_heart[2] > blue_heart[0] + 0.3
+
+
+def test_shipped_mar_pipeline_fills_what_is_hidden_to_fit_what_is_kept():
+    pipe = shipped("mar")
+    image = pipe("red heart", generator=[0], output_type="pt", **SETTINGS["mar"]).images
+    mask = torch.zeros(64, 64)
+    mask[:, 32:] = 1
+    filled = pipe("red heart", image=image, mask_image=mask, generator=[1], output_type="pt", **SETTINGS["mar"]).images
+    assert (filled - image)[..., :24].abs().mean() < 0.05
+    red, _, blue = filled[0, :, 24:40, 36:44].mean(dim=(1, 2))
+    assert red > blue + 0.3
 
 
 @pytest.mark.parametrize("output", ["grid.nope", "grid", "nowhere/grid.png"])
@@ -51,7 +75,7 @@ def test_demo_notices_a_file_that_it_cannot_write_before_it_samples(tmp_path, ou
     assert "--output must" in outcome.output and output in outcome.output
 
 
-@pytest.mark.parametrize("arguments", [[], ["--prompt", "it's a fire engine"]])
+@pytest.mark.parametrize("arguments", [[], ["--prompt", "it's a fire engine"], ["--model", "mar"]])
 def test_demo_writes_a_grid_and_prints_its_path_and_speed(tmp_path, arguments):
     output = tmp_path / "grid.png"
     command = [sys.executable, str(DEMO), "--output", str(output), *arguments]

@@ -6,19 +6,16 @@ from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
 from processes import run_group
 from safetensors.torch import load_file
-from scripts import COMMON, COUNT, EXAMPLES, RESOLUTION, STEPS, finish, logged, start
+from scripts import COMMON, COUNT, EXAMPLES, RESOLUTION, STEPS, TINY_MAR, finish, logged, start
+from scripts import MAR as SCRIPT
 from shapes import SHAPES, write_shapes
 from training_process import train_and_keep
 
 from rq_hf import MARPipeline, RQVAEModel
 
-SCRIPT = EXAMPLES / "train_mar.py"
 LATEST = ["--resume_from_checkpoint", "latest"]
 GRID = RESOLUTION // 4
-TINY = [
-    *("--hidden_size", 16, "--encoder_layers", 1, "--decoder_layers", 2, "--num_attention_heads", 2),
-    *("--head_hidden_size", 12, "--head_layers", 1, "--report_to", "none", "--image_logging_steps", 0),
-]
+TINY = [*TINY_MAR, "--report_to", "none", "--image_logging_steps", 0]
 TEXT = ["--text_column", "text", "--text_length", 6]
 CLASSES = ["--label_column", "label", "--cond_repeats", 3]
 

@@ -36,6 +36,11 @@ OWN = {
     TEXT: [*TINY_TRANSFORMER, "--text_length", 6, "--validation_prompts", "a red circle", "a blue square"],
     CLASSES: [*TINY_TRANSFORMER, "--label_column", "label", "--num_samples", 3],
 }
+MAR = EXAMPLES / "train_mar.py"
+TINY_MAR = [
+    *("--hidden_size", 16, "--encoder_layers", 1, "--decoder_layers", 2, "--num_attention_heads", 2),
+    *("--head_hidden_size", 12, "--head_layers", 1, "--timestep_spacing", "leading"),
+]
 RESULTS = {RQVAE: "rqvae", TEXT: "pipeline", CLASSES: "pipeline"}
 
 

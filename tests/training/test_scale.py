@@ -22,7 +22,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from number_streams import batch_of, epochs
 from processes import die_while_saving, run_group
 from safetensors.torch import load_file
-from scripts import CLASSES, EXAMPLES, RESOLUTION, RQVAE, TEXT, TINY_RQVAE, TINY_TRANSFORMER
+from scripts import CLASSES, EXAMPLES, MAR, RESOLUTION, RQVAE, TEXT, TINY_MAR, TINY_RQVAE, TINY_TRANSFORMER
 from shapes import CAPTIONS, write_shapes
 from tiny import C, D, H, W, tiny_codes, tiny_condition, tiny_transformer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -37,6 +37,7 @@ from rq_hf.models.rq_transformer.modeling_rq_transformer import RQBlock
 CONFIGS = EXAMPLES / "accelerate_configs"
 LATEST = ["--resume_from_checkpoint", "latest"]
 
+both_methods = pytest.mark.parametrize("script", [CLASSES, MAR], ids=lambda path: path.stem)
 both_stages = pytest.mark.parametrize("script", [RQVAE, TEXT], ids=lambda path: path.stem)
 
 
@@ -58,6 +59,7 @@ def command(tmp_path_factory):
     prompts = ["--text_length", 6, "--validation_prompts", "a red circle"]
     transformer = [*TINY_TRANSFORMER, "--rqvae", folder / "rqvae"]
     own = {RQVAE: TINY_RQVAE, TEXT: [*transformer, *prompts], CLASSES: [*transformer, "--num_samples", 2]}
+    own[MAR] = [*TINY_MAR, "--vae", folder / "rqvae", "--num_samples", 2]
     common = [
         *("--cpu", "--data_files", files, "--streaming", "--shuffle_buffer_size", 6, "--random_flip"),
         *("--train_batch_size", 4, "--lr_warmup_steps", 2, "--logging_steps", 1, "--report_to", "none"),
@@ -331,28 +333,31 @@ class TestShardedByConfiguration:
             assert outcome.code != 0
             assert "which accelerate does on GPUs only" in outcome.output
 
-    def weights(self, folder, arguments, *before):
+    def weights(self, script, folder, arguments, *before):
         """Of the pipeline that the script saves."""
         folder.mkdir(exist_ok=True)
-        for outcome in run_group(2, train_and_keep, folder, CLASSES, arguments, *before):
+        for outcome in run_group(2, train_and_keep, folder, script, arguments, *before):
             assert outcome.code == 0, outcome.output
         return load_file(folder / "run" / "pipeline" / "transformer" / "model.safetensors")
 
-    def test_ends_with_the_weights_of_ddp(self, shard, command, tmp_path):
+    @both_methods
+    def test_ends_with_the_weights_of_ddp(self, script, shard, command, tmp_path):
         first = [*self.STEPS, "--max_train_steps", 1]
-        self.weights(tmp_path / "first", command(CLASSES, tmp_path / "first", *first))
+        self.weights(script, tmp_path / "first", command(script, tmp_path / "first", *first))
         further = [*self.STEPS, "--mixed_precision", "no", "--learning_rate", 0.01]
         further += ["--transformer", tmp_path / "first" / "run" / "pipeline" / "transformer"]
-        whole = self.weights(tmp_path / "ddp", command(CLASSES, tmp_path / "ddp", *further))
-        sharded = self.weights(tmp_path / "fsdp", command(CLASSES, tmp_path / "fsdp", *further), shard)
+        whole = self.weights(script, tmp_path / "ddp", command(script, tmp_path / "ddp", *further))
+        sharded = self.weights(script, tmp_path / "fsdp", command(script, tmp_path / "fsdp", *further), shard)
         torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-4)
 
-    def test_killed_ends_with_the_weights_of_an_unbroken_run(self, shard, command, tmp_path):
-        expected = self.weights(tmp_path / "unbroken", command(CLASSES, tmp_path / "unbroken", *self.STEPS), shard)
+    @both_methods
+    def test_killed_ends_with_the_weights_of_an_unbroken_run(self, script, shard, command, tmp_path):
+        arguments = command(script, tmp_path / "unbroken", *self.STEPS)
+        expected = self.weights(script, tmp_path / "unbroken", arguments, shard)
         folder = tmp_path / "killed"
         folder.mkdir()
-        arguments = command(CLASSES, folder, *self.STEPS, *LATEST)
-        run_group(2, train_and_keep, folder, CLASSES, arguments, shard, functools.partial(die_around_step, 4))
+        arguments = command(script, folder, *self.STEPS, *LATEST)
+        run_group(2, train_and_keep, folder, script, arguments, shard, functools.partial(die_around_step, 4))
         assert (folder / "run" / "checkpoint-2" / "pytorch_model_fsdp_0").exists()
-        actual = self.weights(folder, arguments, shard)
+        actual = self.weights(script, folder, arguments, shard)
         assert not [name for name in expected if not torch.equal(actual[name], expected[name])]

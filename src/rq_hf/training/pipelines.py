@@ -67,8 +67,10 @@ class ShardedGeneration(TrainingHook):
     """Lets a transformer that FSDP has sharded generate, for samples during the training."""
 
     def prepare(self, model: torch.nn.Module) -> None:
-        if isinstance(model, FSDPModule):
-            register_fsdp_forward_method(model, "generate")
+        for module in model.modules():
+            for method in ("generate", "sample"):
+                if isinstance(module, FSDPModule) and hasattr(module, method):
+                    register_fsdp_forward_method(module, method)
 
 
 def train_pipeline(

@@ -5,6 +5,7 @@ Shapes: `N` tokens, `C` numbers of a token, `Z` width of the decoder, `S` denois
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import (
@@ -17,7 +18,9 @@ from diffusers import (
 
 from ...argument_checks import check_integer, check_items
 from .diffusion import NUM_TRAIN_TIMESTEPS, DiffusionProcess, interpolate, spaced_timesteps
-from .diffusion_head import MARDiffusionHead
+
+if TYPE_CHECKING:
+    from .diffusion_head import MARDiffusionHead
 
 NumSteps = int | Sequence[int]
 SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler)
@@ -96,7 +99,7 @@ def num_steps_of(num_inference_steps: NumSteps, num_iterations: int) -> list[int
 
 
 def denoise(
-    head: MARDiffusionHead,
+    head: "MARDiffusionHead",
     conditions: torch.Tensor,
     noise: torch.Tensor,
     scheduler: SchedulerMixin | None = None,
@@ -178,7 +181,7 @@ class SchedulerStep:
 
 
 def modulations_of_steps(
-    head: MARDiffusionHead, conditions: torch.Tensor, timesteps: torch.Tensor
+    head: "MARDiffusionHead", conditions: torch.Tensor, timesteps: torch.Tensor
 ) -> Iterator[list[torch.Tensor]]:
     """The modulations `(1 or 2, N, ·)` of every timestep `(S,)`, computed for many timesteps at a time: alone, each of
     them would read most weights of the head."""

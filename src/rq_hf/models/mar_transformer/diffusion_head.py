@@ -10,6 +10,7 @@ from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embeddin
 from torch import nn
 
 from .configuration_mar_transformer import MARHeadConfig
+from .denoising import denoise
 
 
 class MARHeadBlock(nn.Module):
@@ -93,3 +94,7 @@ class MARDiffusionHead(nn.Module):
         shift, scale = output_modulation.chunk(2, dim=-1)
         hidden_states = F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.config.layer_norm_eps)
         return self.output_projection(torch.addcmul(shift, hidden_states, 1 + scale))
+
+    def sample(self, conditions: torch.Tensor, noise: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """A whole denoising chain: see [`denoise`]."""
+        return denoise(self, conditions, noise, *args, **kwargs)

@@ -6,7 +6,6 @@ decoder, `N` tokens that are revealed in one iteration in all images, `S` denois
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
@@ -14,7 +13,7 @@ from diffusers import SchedulerMixin
 from ...argument_checks import check_callable, check_choice, check_dense, check_floating, check_number, check_size
 from ..offloading import onload_weights
 from ..random_numbers import Generators, check_generator, normal_numbers, seeded_generators, uniform_numbers
-from .denoising import NumSteps, check_scheduler, denoise, num_steps_of, solver_of
+from .denoising import NumSteps, check_scheduler, num_steps_of, solver_of
 from .masking import positions_of, sampling_masks
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
@@ -123,8 +122,8 @@ class MARGenerationMixin:
         return self.unpatchify(tokens)
 
     def _sampling_steps(self) -> tuple[Callable, Callable]:
-        """What takes the time of an iteration: [`_conditions_of`], and [`denoise`] with the head."""
-        return self._conditions_of, partial(denoise, self.head)
+        """What takes the time of an iteration: [`_conditions_of`], and the chain of the head."""
+        return self._conditions_of, self.head.sample
 
     def _conditions_of(self, tokens, cond_ids, hidden, revealed) -> torch.Tensor:
         """z of the tokens to reveal, `(1, N, Z)`, or `(2, N, Z)` with guidance."""
