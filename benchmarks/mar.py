@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from rq_hf import MARPipeline, MARTransformerConfig, MARTransformerModel
 from rq_hf.convert.mar_weights import mar_parts
 from rq_hf.convert.weights import concatenate, take_weights
-from rq_hf.models.mar_transformer import generation_mar_transformer
 
 CLASSES = 1000
 TINY = {"img_size": 64, "vae_embed_dim": 6, "buffer_size": 4, "diffloss_d": 2, "diffloss_w": 24}
@@ -128,8 +127,8 @@ def make_sampler(case, name, reference):
         if "bf16" in name:
             model.to(torch.bfloat16)
         if "compiled" in name:
-            MARPipeline(None, model).compile()
-        methods = [(model, "encode"), (model, "decode"), (generation_mar_transformer, "denoise")]
+            MARPipeline(None, model, None).compile()
+        methods = [(model, "encode"), (model, "decode"), (model.head, "sample")]
 
         def run():
             return model.generate(
