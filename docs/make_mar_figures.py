@@ -11,7 +11,7 @@ import torch
 from rq_hf import MAR_EMOJI_MODEL, MARPipeline
 from rq_hf.images import image_grid
 
-SUBJECTS = ("sunflower", "woman astronaut medium skin tone", "octopus", "fire engine")
+SUBJECTS = ("woman astronaut medium skin tone", "mage", "man farmer dark skin tone", "woman judge light skin tone")
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 25, "output_type": "pt"}
 STRENGTHS = (0.25, 0.5, 0.75, 0.9)
 
@@ -52,13 +52,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MAR_EMOJI_MODEL, help="any text-to-image MARPipeline")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the figures")
+    parser.add_argument("--card_image", type=Path, required=True, help="file for the inpaintings")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     pipe = MARPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(list(SUBJECTS), generator=list(range(len(SUBJECTS))), **SETTINGS).images
-    image_grid(inpaintings(pipe, images), columns=5).save(args.output_dir / "inpainting.png")
+    image_grid(inpaintings(pipe, images), columns=5).save(args.card_image)
     image_grid(variations(pipe, images), columns=5).save(args.output_dir / "mar_variations.png")
 
 

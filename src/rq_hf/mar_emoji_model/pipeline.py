@@ -1,0 +1,3 @@
+import rq_hf
+
+Pipeline = rq_hf.MARPipeline

@@ -1,0 +1,1 @@
+from rq_hf import MARTransformerConfig  # noqa: F401
