@@ -53,6 +53,10 @@ def main() -> None:
         config_file = folder / "transformer" / "config.json"
         config = json.loads(config_file.read_text())
         config["dtype"] = "float32"
+        # What loads a folder without `import rq_hf` is of no use inside the package.
+        del config["auto_map"]
+        for name in ("pipeline.py", "transformer/code_rq.py"):
+            (folder / name).unlink()
         config_file.write_text(json.dumps(config, indent=2) + "\n")
         if args.card is not None:
             shutil.copy(args.card, folder / "README.md")

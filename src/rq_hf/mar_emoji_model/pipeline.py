@@ -1,3 +1,0 @@
-import rq_hf
-
-Pipeline = rq_hf.MARPipeline

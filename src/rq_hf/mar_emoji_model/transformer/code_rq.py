@@ -1,1 +1,0 @@
-from rq_hf import MARTransformerConfig  # noqa: F401
