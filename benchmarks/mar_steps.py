@@ -29,7 +29,7 @@ CLIPPED = {"variance_type": None, "lambda_min_clipped": -5.1}
 DPM_SOLVER = partial(DPMSolverMultistepScheduler.from_config, **CLIPPED)
 LU = partial(DPM_SOLVER, use_lu_lambdas=True)
 UNIPC = UniPCMultistepScheduler.from_config
-DDIM = partial(DDIMScheduler.from_config, timestep_spacing="trailing")
+DDIM = DDIMScheduler.from_config
 SETTINGS = {  # name: (scheduler made of the config of the pipeline's, or the pipeline's own; num_inference_steps)
     **{f"{steps} steps": (None, steps) for steps in (100, 50, 25, 15, 10)},
     **{f"{first} to {last} steps": (None, (first, last)) for first, last in ((50, 5), (25, 5), (50, 10))},
