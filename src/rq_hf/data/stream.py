@@ -5,6 +5,7 @@ import multiprocessing.util
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import datasets
 import numpy as np
@@ -126,7 +127,22 @@ class TrainingStream:
             # Without its own generator a loader would advance the global random state, and break an exact resume.
             generator=torch.Generator().manual_seed(seed),
         )
-        yield from itertools.islice(loader, skip_batches, None)
+        with stop_signals_blocked():  # workers unblock them when they can outlive them
+            batches = iter(loader)
+        yield from itertools.islice(batches, skip_batches, None)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Delays the stop signals of this process, and of those that it starts until they unblock them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_stop_signals(worker: int) -> None:
@@ -135,6 +151,8 @@ def outlive_stop_signals(worker: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class SkipFirst(torch.utils.data.IterableDataset):

@@ -35,13 +35,17 @@ def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
 
 
 def check_json(file: Path) -> None:
-    """Raises `ValueError` unless the file holds a JSON object."""
+    """Raises `ValueError` unless the file holds a JSON object. If it, or a part of it, has a `model_type`, that must be
+    a name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must be a JSON object, got {content!r:.80}")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        if not isinstance(part.get("model_type", ""), str):
+            raise ValueError(f"{file}: model_type must be a name, got {part['model_type']!r:.80}")
 
 
 def check_loading_info(source: str | os.PathLike, loading_info: dict) -> None:
