@@ -35,8 +35,8 @@ def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
 
 
 def check_json(file: Path) -> None:
-    """Raises `ValueError` unless the file holds a JSON object. If it, or a part of it, has a `model_type`, that must be
-    a name."""
+    """Raises `ValueError` unless the file holds a JSON object, in which every `model_type`, also that of a part, is a
+    name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
