@@ -163,39 +163,37 @@ def main() -> None:
     accelerator = run.create_accelerator(configuration)
 
     vae = load_autoencoder(args.vae).to(accelerator.device).requires_grad_(False)
-    columns = tuple(filter(None, (text.text_column, classes.label_column)))
-    dataset = args.load_dataset(vae, data, required_columns=columns)
+    required_columns = tuple(filter(None, (text.text_column, classes.label_column)))
+    dataset = args.load_dataset(vae, data, required_columns)
     tokenizer, samples, call = None, {"batch_size": classes.num_samples}, "pipe(batch_size=4)"
     if text.text_column is not None:
         tokenizer = prepare_tokenizer(accelerator, text, run, dataset)
         model = args.create_model(
             vae, cond_vocab_size=len(tokenizer), cond_length=text.text_length, null_cond_id=tokenizer.pad_token_id
         )
-        columns = {"text_column": text.text_column, "tokenizer": tokenizer}
+        conditions = {"text_column": text.text_column, "tokenizer": tokenizer}
         samples = {"prompt": text.validation_prompts} if text.validation_prompts else None
         call = 'pipe("a prompt")'
     elif classes.label_column is not None:
         num_classes, class_names = find_classes(classes, dataset)
         model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
         set_class_names(model, num_classes, class_names)
-        columns = {"label_column": classes.label_column, "num_classes": num_classes, "class_names": class_names}
+        conditions = {"label_column": classes.label_column, "num_classes": num_classes, "class_names": class_names}
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
         call = "pipe(class_labels=[0, 1])"
     else:
-        model, columns = args.create_model(vae), {}
+        model, conditions = args.create_model(vae), {}
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     pipeline = MARPipeline(vae, model, default_scheduler(args.timestep_spacing), tokenizer)
-    if samples and text.validation_prompts:
+    if text.validation_prompts:
         pipeline.encode_prompt(text.validation_prompts)  # refuses prompts that are too long before the training
 
-    training_columns = dict(columns)
-    if tokenizer is not None:
-        training_columns["tokenizer"] = with_bpe_dropout(tokenizer, text.bpe_dropout)
-    collate = args.create_collator(vae, data, **training_columns)
+    tokenize = {} if tokenizer is None else {"tokenizer": with_bpe_dropout(tokenizer, text.bpe_dropout)}
+    collate = args.create_collator(vae, data, **conditions | tokenize)
     if isinstance(vae, RQVAEModel) and vae.config.scaling_factor == 1:
         scale_latents(vae, dataset, collate)
-    held_out = args.load_validation(validation, vae, data, run.train_batch_size, **columns)
+    held_out = args.load_validation(validation, vae, data, run.train_batch_size, **conditions)
     optimizer = run.create_optimizer(model)
     state_dict = train_pipeline(
         accelerator,

@@ -6,10 +6,21 @@ from pathlib import Path
 FILE = "code_rq.py"
 
 
-def write_loader(config_class: type, folder: str | os.PathLike) -> dict[str, str]:
-    """Writes the one line that imports a configuration, and returns the `auto_map` of its `config.json`. The import
-    registers the model as well; an entry of its own would make diffusers ask everyone for the argument."""
-    name = config_class.__name__
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, FILE).write_text(f"from rq_hf import {name}  # noqa: F401\n", encoding="utf-8")
-    return {"AutoConfig": f"{Path(FILE).stem}.{name}"}
+class LoaderFileMixin:
+    """For a [`~transformers.PreTrainedConfig`] whose class is in `rq_hf`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which
+        `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without `import rq_hf`; everyone else needs
+        neither the file nor the argument."""
+        name = type(self).__name__
+        # The import registers the model as well; an entry of its own would make diffusers ask everyone for the
+        # argument.
+        self.auto_map = {"AutoConfig": f"{Path(FILE).stem}.{name}"}
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        Path(save_directory, FILE).write_text(f"from rq_hf import {name}  # noqa: F401\n", encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: [`save_pretrained`] writes what `AutoConfig` needs, in place of the source files."""

@@ -5,7 +5,6 @@ Masks are boolean, true where a token is hidden.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,16 +33,12 @@ from ..models import MARTransformerConfig, MARTransformerModel, RQVAEModel, cont
 from ..models.continuous_latents import Autoencoder
 from ..models.mar_transformer.denoising import NumSteps, check_scheduler, num_steps_of
 from ..models.mar_transformer.generation_mar_transformer import resolve_num_iterations
-from ..models.pretrained import reading
 from ..models.random_numbers import Generators, check_generator, seeded_generators, uniform_numbers
+from .conditional_pipeline import ConditionalPipelineMixin
 from .conditions import (
     ClassLabels,
-    as_list,
     check_conditions,
-    check_prompts,
     encode_conditions,
-    encode_prompts,
-    is_class_conditional,
     is_text_conditional,
 )
 from .image_inputs import mask_tokens, prepare_image, prepare_mask_image
@@ -76,7 +71,7 @@ class MARPipelineOutput(BaseOutput):
     latents: torch.Tensor
 
 
-class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
+class MARPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""
     Image generation with a masked autoregressive model of continuous tokens (Li et al., NeurIPS 2024).
 
@@ -116,28 +111,6 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "MARPipeline":
-        """As in diffusers, except that a name that is neither a folder nor possible on the Hub is a
-        `FileNotFoundError`, and files that are not JSON a `ValueError`."""
-        with reading("a pipeline", pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @property
-    def is_text_conditional(self) -> bool:
-        self._require("transformer")
-        return is_text_conditional(self.transformer.config)
-
-    @property
-    def is_class_conditional(self) -> bool:
-        self._require("transformer")
-        return is_class_conditional(self.transformer.config)
-
-    def _require(self, name: str) -> None:
-        """Raises `ValueError` when the pipeline was made without this component."""
-        if getattr(self, name) is None:
-            raise ValueError(f"this pipeline has no {name}, which this call needs: pass {name}= when loading it")
-
     @property
     def guidance_scale(self) -> float:
         """That of the present or last call."""
@@ -147,11 +120,6 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Steps of the present or last call: the iterations, times the batches."""
         return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has stopped the present or last call, by `pipe._interrupt = True`."""
-        return self._interrupt
 
     def check_inputs(
         self,
@@ -191,17 +159,6 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         if max_batch_size is not None:
             check_size("max_batch_size", max_batch_size)
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-
-    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
-        """Prompts -> condition ids `(B, L)`, padded on the right. Without the transformer, L is the
-        `model_max_length` of the tokenizer.
-
-        Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
-        """
-        self._require("tokenizer")
-        check_prompts("prompt", prompt)
-        length = self.transformer.config.cond_length if self.transformer else self.tokenizer.model_max_length
-        return encode_prompts(self.tokenizer, as_list(prompt), length)
 
     @torch.no_grad()
     def __call__(
@@ -445,13 +402,6 @@ class MARPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         if rows.ndim == 0 or len(rows) not in (1, num_samples):
             raise ValueError(f"{name} must be one, or one per sampled image ({num_samples}), got {tuple(rows.shape)}")
         return rows.expand(num_samples, *rows.shape[1:])
-
-    @property
-    def example_call(self) -> str:
-        """A Python expression that samples from `pipe`, for model cards."""
-        if self.is_text_conditional:
-            return 'pipe("red apple")'
-        return "pipe(class_labels=0)" if self.is_class_conditional else "pipe(batch_size=4)"
 
     def card(self, repo_id: str | None = None, call: str | None = None) -> str:
         """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""

@@ -3,7 +3,6 @@
 Shapes: `B` images, `H W` code grid, `D` quantization depth, `K` codebook size, `L` length of the condition.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,17 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from ..argument_checks import check_choice, check_instance, check_size
 from ..model_cards import model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
-from ..models.pretrained import reading
 from ..models.random_numbers import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth, check_prefix
+from .conditional_pipeline import ConditionalPipelineMixin
 from .conditions import (
     ClassLabels,
-    as_list,
     check_conditions,
-    check_prompts,
     encode_conditions,
-    encode_prompts,
-    is_class_conditional,
     is_text_conditional,
 )
 from .image_inputs import prepare_image
@@ -62,7 +57,7 @@ class RQPipelineOutput(BaseOutput):
     codes: torch.Tensor
 
 
-class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
+class RQPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     r"""
     Image generation with residual quantization (Lee et al., CVPR 2022).
 
@@ -96,28 +91,6 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         self.register_modules(vae=vae, transformer=transformer, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "RQPipeline":
-        """As in diffusers, except that a name that is neither a folder nor possible on the Hub is a
-        `FileNotFoundError`, and files that are not JSON a `ValueError`."""
-        with reading("a pipeline", pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @property
-    def is_text_conditional(self) -> bool:
-        self._require("transformer")
-        return is_text_conditional(self.transformer.config)
-
-    @property
-    def is_class_conditional(self) -> bool:
-        self._require("transformer")
-        return is_class_conditional(self.transformer.config)
-
-    def _require(self, name: str) -> None:
-        """Raises `ValueError` when the pipeline was made without this component."""
-        if getattr(self, name) is None:
-            raise ValueError(f"this pipeline has no {name}, which this call needs: pass {name}= when loading it")
-
     @property
     def guidance_scale(self) -> PerDepth:
         """That of the present or last call."""
@@ -127,11 +100,6 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Steps of the present or last call: the positions that are sampled, times the batches."""
         return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has stopped the present or last call, by `pipe._interrupt = True`."""
-        return self._interrupt
 
     def check_inputs(
         self,
@@ -162,17 +130,6 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
         if prefix_codes is not None:
             self.transformer.check_codes(prefix_codes, "prefix_codes")
         check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-
-    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
-        """Prompts -> condition ids `(B, L)`, padded on the right. Without the transformer, L is the
-        `model_max_length` of the tokenizer.
-
-        Raises `ValueError` for a prompt of more than L tokens: prompts are never truncated silently.
-        """
-        self._require("tokenizer")
-        check_prompts("prompt", prompt)
-        length = self.transformer.config.cond_length if self.transformer else self.tokenizer.model_max_length
-        return encode_prompts(self.tokenizer, as_list(prompt), length)
 
     @torch.no_grad()
     def __call__(
@@ -356,13 +313,6 @@ class RQPipeline(PublishingMixin, TransformerLoraMixin, DiffusionPipeline):
             self.maybe_free_model_hooks()
 
         return RQPipelineOutput(images=images, codes=codes) if return_dict else (images, codes)
-
-    @property
-    def example_call(self) -> str:
-        """A Python expression that samples from `pipe`, for model cards."""
-        if self.is_text_conditional:
-            return 'pipe("red apple")'
-        return "pipe(class_labels=0)" if self.is_class_conditional else "pipe(batch_size=4)"
 
     def card(self, repo_id: str | None = None, call: str | None = None) -> str:
         """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""

@@ -1,7 +1,5 @@
 """Configuration of the MAR transformer: encoder, decoder and diffusion head have a sub-configuration each."""
 
-import os
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -16,7 +14,7 @@ from ...argument_checks import (
     check_size,
 )
 from ..presets import load_preset
-from ..remote_code import write_loader
+from ..remote_code import LoaderFileMixin
 
 
 @strict
@@ -94,7 +92,7 @@ class MARHeadConfig(PreTrainedConfig):
 
 
 @strict
-class MARTransformerConfig(PreTrainedConfig):
+class MARTransformerConfig(LoaderFileMixin, PreTrainedConfig):
     r"""
     Args:
         latent_shape (`tuple[int, int, int]`): channels, height and width of the latents of the autoencoder.
@@ -181,17 +179,6 @@ class MARTransformerConfig(PreTrainedConfig):
     def num_cond_slots(self) -> int:
         """Slots of the condition in front of the tokens."""
         return self.cond_length * self.cond_repeats
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which
-        `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without `import rq_hf`; everyone else needs
-        neither the file nor the argument."""
-        self.auto_map = write_loader(type(self), save_directory)
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: [`save_pretrained`] writes what `AutoConfig` needs, in place of the source files."""
 
     @classmethod
     def from_preset(cls, name: str) -> "MARTransformerConfig":

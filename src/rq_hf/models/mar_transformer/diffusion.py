@@ -35,7 +35,7 @@ class DiffusionProcess:
     @classmethod
     def over(cls, timesteps: torch.Tensor) -> "DiffusionProcess":
         """The process over these timesteps, ascending."""
-        alphas_cumprod = (1 - cosine_betas()).cumprod(0)[timesteps]
+        alphas_cumprod = ALPHAS_CUMPROD[timesteps]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         return cls(timesteps, alphas_cumprod, previous, 1 - alphas_cumprod / previous)
 
@@ -85,6 +85,7 @@ def spaced_timesteps(num_steps: int) -> torch.Tensor:
     return torch.tensor(timesteps)
 
 
+ALPHAS_CUMPROD = (1 - cosine_betas()).cumprod(0)
 TRAINING_PROCESS = DiffusionProcess.over(torch.arange(NUM_TRAIN_TIMESTEPS))
 
 

@@ -1,7 +1,5 @@
 """Configuration of the RQ-Transformer: one sub-configuration per stack."""
 
-import os
-
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -16,7 +14,7 @@ from ...argument_checks import (
     check_size,
 )
 from ..presets import load_preset
-from ..remote_code import write_loader
+from ..remote_code import LoaderFileMixin
 
 
 @strict
@@ -73,7 +71,7 @@ class RQStackConfig(PreTrainedConfig):
 
 
 @strict
-class RQTransformerConfig(PreTrainedConfig):
+class RQTransformerConfig(LoaderFileMixin, PreTrainedConfig):
     r"""
     Args:
         code_shape (`tuple[int, int, int]`): (H, W, D).
@@ -148,17 +146,6 @@ class RQTransformerConfig(PreTrainedConfig):
         check_number("text_loss_weight", self.text_loss_weight, "lie in [0, 1]")
         check_number("soft_label_temperature", self.soft_label_temperature, "be greater than 0")
         check_number("initializer_range", self.initializer_range, "be at least 0")
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """See [`~transformers.PreTrainedConfig.save_pretrained`]. Also writes the one line with which
-        `AutoModel.from_pretrained(folder, trust_remote_code=True)` works without `import rq_hf`; everyone else needs
-        neither the file nor the argument."""
-        self.auto_map = write_loader(type(self), save_directory)
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Does nothing: [`save_pretrained`] writes what `AutoConfig` needs, in place of the source files."""
 
     @classmethod
     def from_preset(cls, name: str) -> "RQTransformerConfig":
