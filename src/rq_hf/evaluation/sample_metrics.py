@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..argument_checks import check_choice, check_items
-from ..metrics.feature_networks import FeatureNetwork
+from ..images import to_uint8
+from ..metrics.feature_networks import FeatureNetwork, full_precision
 from ..metrics.frechet import frechet_distance, frechet_distance_infinity
 from ..metrics.inception_score import inception_score
 from ..metrics.kernel_distance import cmmd, kernel_inception_distance
@@ -14,6 +15,7 @@ from ..metrics.moments import FeatureMoments
 from ..metrics.precision_recall import precision_recall
 from ..metrics.scorers import CLIPScorer
 from ..metrics.statistics import FeatureStatistics, check_comparable
+from ..pipelines.rejection_sampling import Scorer
 from .generation import GenerationFolder, Observer, Shard
 
 # What each of them needs of [`SampleMetrics`].
@@ -42,7 +44,8 @@ class SampleMetrics:
             the logits of this network.
         cmmd_network, cmmd_reference: a CLIP model, and statistics with the features of real images.
         classifier: whose most likely class is compared with that of each image.
-        clip, clip_sha256: for the cosine similarity of images and captions, and the hash of its weights.
+        clip, clip_identity: for the cosine similarity of images and captions, and what it depends on, like
+            [`FeatureNetwork.identity`].
 
     Raises `ValueError` where something is missing that a metric needs.
     """
@@ -54,7 +57,7 @@ class SampleMetrics:
     cmmd_reference: FeatureStatistics | None = None
     classifier: FeatureNetwork | None = None
     clip: CLIPScorer | None = None
-    clip_sha256: str | None = None
+    clip_identity: dict[str, str] | None = None
 
     def __post_init__(self):
         check_items("names", self.names)
@@ -79,10 +82,10 @@ class SampleMetrics:
         """One network that serves as both sees the images once."""
         return "network" if self.classifier is self.network else "classifier"
 
-    def identities(self) -> dict[str, dict | str]:
-        """What the contents of shards depend on."""
+    def identities(self) -> dict[str, dict[str, str]]:
+        """What the contents of shards depend on, by the names of the networks there."""
         identities = {name: network.identity() for name, network in self.networks.items()}
-        return identities | ({} if self.clip is None else {"clip_sha256": self.clip_sha256})
+        return identities | ({} if self.clip is None else {"clip": self.clip_identity})
 
     def observers(self) -> list[Observer]:
         """What shards keep: features and logits of every network, and similarities."""
@@ -167,8 +170,19 @@ def network_observer(name: str, network: FeatureNetwork) -> Observer:
     return observe
 
 
+def network_scorer(network: FeatureNetwork, uint8_rule: str) -> Scorer:
+    """For rejection sampling: the log-probability of each label under a network with logits."""
+
+    def score(images, labels):
+        logits = network(to_uint8(images, uint8_rule)).logits
+        return logits.log_softmax(dim=-1).gather(-1, torch.tensor(labels, device=logits.device)[:, None]).squeeze(-1)
+
+    return score
+
+
 def clip_observer(scorer: CLIPScorer) -> Observer:
     def observe(images, captions):
-        return {"clip.similarity": scorer(images.float() / 255, captions)}
+        with full_precision(scorer.model.device):
+            return {"clip.similarity": scorer(images.float() / 255, captions)}
 
     return observe
