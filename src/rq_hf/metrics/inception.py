@@ -24,8 +24,8 @@ average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_i
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
-# The branches of a block: (channels, kernel, stride) of one convolution after the other; a list is of two side by side.
-# The branch "_pool" follows the pooling of the block; blocks without it give out the pooled input.
+# The branches of a block: (channels, kernel, stride) of one convolution after the other; a list has two side by side.
+# The branch "_pool" follows the pooling of the block; a block without it gives out the pooled input itself.
 
 
 def block_a(channels: int) -> dict:
@@ -59,8 +59,8 @@ BLOCK_E = {
 
 class FIDInception(nn.Module):
     """
-    Pixels `(B, 3, 299, 299)` in [-1, 1] -> features `(B, 2048)`, the averages of the last feature map. `fc` maps them
-    to the logits of 1008 classes.
+    Pixels `(B, 3, 299, 299)` in [-1, 1] -> features `(B, 2048)`, the averages of the last feature map, and logits
+    `(B, 1008)`.
 
     Modules have the names of torchvision and of pytorch-fid 0.3.0, whose `fid_inception_v3` this is.
     """
@@ -95,14 +95,15 @@ class FIDInception(nn.Module):
         model.load_state_dict(weights | read_weights(path, shapes))
         return model
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         check_floating("pixels", pixels, "B", 3, SIDE, SIDE)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(halve(x)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(halve(x))))
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
-        return x.mean(dim=(2, 3))
+        features = x.mean(dim=(2, 3))
+        return features, self.fc(features)
 
 
 class Mixed(nn.Module):
