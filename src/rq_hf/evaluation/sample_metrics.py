@@ -127,9 +127,16 @@ class SampleMetrics:
                     f"{self.classifier.name} has {found}"
                 )
 
+    def basis(self, name: str) -> dict:
+        """The `network` and `reference` of a metric, as a report takes them."""
+        if name == "clip_score":
+            return {"network": self.clip_identity}
+        network, *reference = (getattr(self, need) for need in NEEDS[name])
+        return {"network": network.identity()} | ({"reference": reference[0]} if reference else {})
+
     def compute(self, name: str, folder: GenerationFolder, shards: Sequence[Shard]) -> dict[str, dict]:
         """
-        One metric of the images of these shards -> figures by name, each with its `value` and maybe `std`.
+        One metric of the images of these shards -> figures by name, each with its `value`, maybe `std`, and settings.
 
         FID is called `frechet_distance` for other networks than Inception.
         """
