@@ -2,5 +2,15 @@ from .frechet import frechet_distance
 from .lpips import LPIPS
 from .reconstruction import codebook_usage, count_codes, psnr
 from .scorers import ClassifierScorer, CLIPScorer
+from .small_classifier import SmallClassifier
 
-__all__ = ["CLIPScorer", "ClassifierScorer", "LPIPS", "codebook_usage", "count_codes", "frechet_distance", "psnr"]
+__all__ = [
+    "CLIPScorer",
+    "ClassifierScorer",
+    "LPIPS",
+    "SmallClassifier",
+    "codebook_usage",
+    "count_codes",
+    "frechet_distance",
+    "psnr",
+]
