@@ -52,8 +52,8 @@ class ReconstructionArguments:
     network: str | None = field(
         default=None,
         metadata={
-            "help": "Features for a Fréchet distance: a protocol of Inception, cifar10-small, or a folder or Hub id of "
-            "CLIP or DINOv2 (default: no Fréchet distance)."
+            "help": "Features for a Fréchet distance: a protocol of Inception, cifar10-small, or CLIP or DINOv2, a "
+            "folder or a Hub id (default: no Fréchet distance)."
         },
     )
     network_weights: str | None = field(
@@ -100,7 +100,7 @@ def own_batches(
     rank: int,
     world: int,
 ) -> Iterator[list[dict]]:
-    """Every `world`-th batch of the data set from batch `rank` on: batches are the same for any number of processes."""
+    """Every `world`-th batch of the data set from batch `rank` on; they are the same for any number of processes."""
     if isinstance(dataset, datasets.Dataset):
         count = len(dataset) if num_images is None else min(num_images, len(dataset))
         for start in range(rank * batch_size, count, world * batch_size):

@@ -1,12 +1,12 @@
 """How well an autoencoder reconstructs images."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ..argument_checks import check_choice, check_floating, check_instance, check_integer, check_items
+from ..argument_checks import check_choice, check_floating, check_instance, check_integer
 from ..images import UINT8_RULES, to_uint8
 from ..metrics import LPIPS, FeatureMoments, codebook_usage, count_codes, frechet_distance, psnr, ssim
 from ..metrics.feature_networks import FeatureNetwork
@@ -38,7 +38,7 @@ class ReconstructionMeter:
         vae: Autoencoder,
         network: FeatureNetwork | None = None,
         perceptual: LPIPS | None = None,
-        depths: Sequence[int] | None = None,
+        depths: Iterable[int] | None = None,
         uint8_rule: str = "round",
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
@@ -136,7 +136,7 @@ def from_8_bits(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def check_depths(vae: Autoencoder, depths: Sequence[int] | None) -> list[int | None]:
+def check_depths(vae: Autoencoder, depths: Iterable[int] | None) -> list[int | None]:
     """The numbers of codes to decode from, in increasing order. Raises `ValueError` for depths that the autoencoder
     does not have."""
     if not isinstance(vae, RQVAEModel):
@@ -145,7 +145,6 @@ def check_depths(vae: Autoencoder, depths: Sequence[int] | None) -> list[int | N
         return [None]
     if depths is None:
         return [vae.config.depth]
-    check_items("depths", depths)
     for depth in depths:
         check_integer("depths", depth, 1, vae.config.depth)
     return sorted(set(depths))
