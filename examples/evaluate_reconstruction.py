@@ -31,11 +31,11 @@ from tqdm.auto import tqdm
 from rq_hf.data import ImageCollator
 from rq_hf.evaluation.generation import hash_weights
 from rq_hf.evaluation.reconstruction import ReconstructionMeter
-from rq_hf.evaluation.report import Report
+from rq_hf.evaluation.report import INCEPTION_PROTOCOLS, Report
 from rq_hf.files import checksum
 from rq_hf.images import UINT8_RULES
 from rq_hf.metrics import LPIPS
-from rq_hf.metrics.feature_networks import INCEPTION_PROTOCOLS, FeatureNetwork, load_feature_network
+from rq_hf.metrics.feature_networks import FeatureNetwork, load_feature_network
 from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.metrics.weights import find_weights
 from rq_hf.models import RQVAEModel

@@ -1,5 +1,7 @@
 """A small classifier of 32×32 images: features and class accuracies without anything to download."""
 
+from pathlib import Path
+
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from ..argument_checks import check_floating, check_size
 
 SIDE = 32
+CIFAR10_FOLDER = Path(__file__).parents[1] / "cifar10_classifier"
 
 
 class SmallClassifier(
