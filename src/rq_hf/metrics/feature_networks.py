@@ -244,8 +244,8 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
             * `"pytorch-fid"`, `"torch-fidelity"`, `"clean-fid"`: the Inception network of FID, with the steps before it
               of that package. Its logits are those of the graph; for torch-fidelity without the bias of the last
               layer, from which that package computes the Inception Score.
-            * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized to
-              32×32 with bicubic filtering, without cropping; its logits are those of the classes of CIFAR-10.
+            * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized
+              to 32×32 with bicubic filtering, without cropping. Its logits are those of the classes of CIFAR-10.
             * a folder or Hub id of CLIP (its image embeddings, not normalized) or DINOv2 (the normalized class token).
               Images are resized to the square that its `preprocessor_config.json` names, with bicubic filtering,
               without cropping.
