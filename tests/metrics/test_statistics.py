@@ -44,7 +44,7 @@ def saved(tmp_path):
 
 def assert_same_moments(actual, expected):
     assert torch.equal(actual.moments.mean, expected.moments.mean)
-    torch.testing.assert_close(actual.moments.covariance, expected.moments.covariance, rtol=1e-15, atol=0)
+    assert torch.equal(actual.moments.covariance, expected.moments.covariance)
 
 
 class TestSaving:
@@ -86,7 +86,7 @@ class TestSaving:
         ("changes", "error", "message"),
         [
             ({"author": "me"}, ValueError, "unknown: author"),
-            ({"count": 0}, ValueError, "count must be at least 1, got 0"),
+            ({"count": 1}, ValueError, r"count must lie in \[2, .*\], got 1"),
             ({"count": "many"}, TypeError, "count must be an integer, got 'many'"),
             ({"count": N + 1}, ValueError, "moments are those of 12 images, the provenance has count 13"),
             ({"dataset": ""}, ValueError, "dataset must not be empty"),
@@ -213,12 +213,12 @@ class TestNumpyFiles:
         ("arrays", "message"),
         [
             ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8)}, "must have the mean mu and the covariance sigma, got arr_0"),
-            ({"mu": np.zeros(F), "sigma": np.eye(F + 1)}, r"got \(5,\) and \(6, 6\)"),
-            ({"mu": np.zeros((1, F)), "sigma": np.eye(F)}, r"got \(1, 5\) and \(5, 5\)"),
+            ({"mu": np.zeros(F), "sigma": np.eye(F + 1)}, r"covariance must have the shape \(5, 5\), got \(6, 6\)"),
+            ({"mu": np.zeros((1, F)), "sigma": np.eye(F)}, r"mean must have the shape \(F,\), got \(1, 5\)"),
             ({"mu": np.zeros(F, int), "sigma": np.eye(F)}, r"mu must have floats .*, got int64 \(5,\)"),
-            ({"mu": np.full(F, np.nan), "sigma": np.eye(F)}, "must have finite moments"),
-            ({"mu": np.zeros(F), "sigma": np.triu(np.ones((F, F)))}, "a covariance that is symmetric"),
-            ({"mu": np.zeros(F), "sigma": -np.eye(F)}, "with variances of at least 0"),
+            ({"mu": np.full(F, np.nan), "sigma": np.eye(F)}, "mean must be finite"),
+            ({"mu": np.zeros(F), "sigma": np.triu(np.ones((F, F)))}, "covariance must be symmetric"),
+            ({"mu": np.zeros(F), "sigma": -np.eye(F)}, "covariance must have variances of at least 0"),
             ({"mu": np.array([None] * F), "sigma": np.eye(F)}, "mu.npy holds Python objects"),
         ],
     )

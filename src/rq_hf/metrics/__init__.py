@@ -1,3 +1,4 @@
+from .feature_networks import FeatureNetwork, NetworkOutput, load_feature_network
 from .frechet import frechet_distance
 from .lpips import LPIPS
 from .reconstruction import codebook_usage, count_codes, psnr
@@ -7,10 +8,13 @@ from .small_classifier import SmallClassifier
 __all__ = [
     "CLIPScorer",
     "ClassifierScorer",
+    "FeatureNetwork",
     "LPIPS",
+    "NetworkOutput",
     "SmallClassifier",
     "codebook_usage",
     "count_codes",
     "frechet_distance",
+    "load_feature_network",
     "psnr",
 ]

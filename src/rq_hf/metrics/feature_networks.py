@@ -9,6 +9,7 @@ Statistics can be compared only between images that took the same steps, which `
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -241,14 +242,14 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
     Args:
         network: one of
 
-            * `"pytorch-fid"`, `"torch-fidelity"`, `"clean-fid"`: the Inception network of FID, with the steps before it
-              of that package. Its logits are those of the graph; for torch-fidelity without the bias of the last
-              layer, from which that package computes the Inception Score.
+            * `"pytorch-fid"`, `"torch-fidelity"` or `"clean-fid"`: the Inception network of FID, after the steps of
+              that package. For torch-fidelity, logits lack the bias of the last layer, as those from which that
+              package computes the Inception Score.
             * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized
-              to 32×32 with bicubic filtering, without cropping. Its logits are those of the classes of CIFAR-10.
-            * a folder or Hub id of CLIP (its image embeddings, not normalized) or DINOv2 (the normalized class token).
-              Images are resized to the square that its `preprocessor_config.json` names, with bicubic filtering,
-              without cropping.
+              to 32×32 with bicubic filtering and without cropping. Its logits are those of the classes of CIFAR-10.
+            * a folder or Hub id of CLIP (its image embeddings, of any length) or DINOv2 (its class token after the last
+              normalization). Images are resized to the square that its `preprocessor_config.json` names, with bicubic
+              filtering and without cropping.
 
         weights: of Inception: a file, or `user/repository/file` on the Hub, with the state dict
             `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid (also a file of safetensors).
@@ -258,7 +259,7 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
     Raises `ValueError` for a file with another hash, for missing weights and for models of other kinds.
     """
     check_instance("network", network, str)
-    if sha256 is not None and not (isinstance(sha256, str) and len(sha256) == 64):
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise ValueError(f"sha256 must have 64 hexadecimal digits, got {sha256!r:.80}")
     if network in INCEPTION_INPUTS:
         return load_inception(network, weights, INCEPTION_SHA256 if sha256 is None else sha256)
@@ -272,8 +273,8 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
 def load_inception(protocol: str, weights: str | None, sha256: str) -> FeatureNetwork:
     if weights is None:
         raise ValueError(
-            f"{protocol} needs weights, the file pt_inception-2015-12-05-6726825d.pth from the releases of pytorch-fid "
-            "(https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights)"
+            f"{protocol} needs weights, the file pt_inception-2015-12-05-6726825d.pth from the releases of "
+            "pytorch-fid (https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights)"
         )
     path = find_weights(weights)
     check_hash(path, sha256)
@@ -350,9 +351,7 @@ def check_hash(path: Path, expected: str | None) -> str:
     """SHA-256 of a file. Raises `ValueError` for another than is expected, if one is."""
     found = checksum(path)
     if expected is not None and found != expected:
-        raise ValueError(
-            f"{path} has the SHA-256 {found}, expected {expected}; name the hash of another file by sha256"
-        )
+        raise ValueError(f"{path} has the SHA-256 {found}, not {expected}; name the hash of another file by sha256")
     return found
 
 

@@ -24,8 +24,8 @@ average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_i
 max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
-# The branches of a block: (channels, kernel, stride) of one convolution after the other; a list is of two side by side.
-# The branch "_pool" follows the pooling of the block; blocks without it give out the pooled input.
+# The branches of a block: (channels, kernel, stride) of one convolution after the other; a list has two side by side.
+# The branch "_pool" follows the pooling of the block; a block without it gives out the pooled input itself.
 
 
 def block_a(channels: int) -> dict:

@@ -44,7 +44,7 @@ class LPIPS(nn.Module):
             heads: the weights per channel, `lin0.model.1.weight` to `lin4.model.1.weight`, as released with LPIPS.
 
         Both are local files, or `user/repository/file` on the Hub, in the format of safetensors (`.safetensors`) or
-        `torch.save`. Raises `ValueError` for a source that is neither, and for weights that are missing or of another shape.
+        `torch.save`. Raises `ValueError` for a source that is neither, and if weights are missing or of other shapes.
         """
         model = cls()
         state_dict = model.state_dict()

@@ -87,7 +87,7 @@ class CLIPScorer:
 
 
 def image_settings(checkpoint: str) -> tuple[int, list[float], list[float]]:
-    """Size, mean and deviation of the inputs of a model, from the `preprocessor_config.json` of its folder or Hub id."""
+    """Size, mean and deviation of a model's inputs, from the `preprocessor_config.json` of its folder or Hub id."""
     # Not AutoImageProcessor, which older releases of transformers leave to torchvision.
     settings, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
     size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..argument_checks import check_choice, check_finite, check_floating, check_instance, check_size
+from ..argument_checks import check_choice, check_finite, check_floating, check_instance, check_integer
 from ..files import atomic_file, checksum
 from ..images import UINT8_RULES
 from ..untrusted_files import NumpyArchive, check_contents_are_there, one_line, shown, shown_first
@@ -57,7 +57,7 @@ class FeatureStatistics:
         if self.moments.count != count:
             raise ValueError(f"the moments are those of {self.moments.count} images, the provenance has count {count}")
         if self.features is not None:
-            check_floating("features", self.features, count, len(self.moments.mean))
+            check_floating("features", self.features, count, self.moments.num_features)
             check_finite("features", self.features)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -105,10 +105,11 @@ class FeatureStatistics:
         missing = [name for name in PROVENANCE if name not in said | provenance]
         if missing:
             raise ValueError(f"{path} does not say {', '.join(missing)}: pass them")
-        check_moments(path, mean, covariance)
         try:
             check_provenance(said | provenance)
             moments = FeatureMoments.from_moments((said | provenance)["count"], mean, covariance)
+            if moments.covariance.diagonal().min() < 0:
+                raise ValueError("covariance must have variances of at least 0")
             statistics = cls(moments, said | provenance, features)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -133,7 +134,7 @@ def check_comparable(statistics: FeatureStatistics, others: FeatureStatistics) -
                 f"statistics must have the same {name}: {statistics.label} has {values[0]}, "
                 f"{others.label} has {values[1]}"
             )
-    sizes = [len(one.moments.mean) for one in (statistics, others)]
+    sizes = [one.moments.num_features for one in (statistics, others)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"statistics must have the same number of features: {statistics.label} has {sizes[0]}, "
@@ -161,7 +162,7 @@ def check_provenance(provenance: dict[str, str | int]) -> None:
             f"provenance must have {', '.join(PROVENANCE)}; "
             + f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(map(shown, unknown)) or 'none'}"
         )
-    check_size("count", provenance["count"])
+    check_integer("count", provenance["count"], 2, 2**63 - 1)
     for name in ("dataset", "split", "transform"):
         check_text(name, provenance[name])
     check_identity({name: provenance[name] for name in IDENTITY})
@@ -183,20 +184,6 @@ def check_sha256(name: str, value: str) -> None:
 def check_suffix(path: Path, *suffixes: str) -> None:
     if path.suffix not in suffixes:
         raise ValueError(f"a file of statistics must end in {' or '.join(suffixes)}, got {path}")
-
-
-def check_moments(path: Path, mean: torch.Tensor, covariance: torch.Tensor) -> None:
-    """Raises `ValueError` unless these can be a mean `(F,)` and a covariance `(F, F)`."""
-    if mean.ndim != 1 or covariance.shape != (*mean.shape, *mean.shape) or not mean.numel():
-        raise ValueError(
-            f"{path} must have a mean (F,) and a covariance (F, F), got {tuple(mean.shape)} and "
-            f"{tuple(covariance.shape)}"
-        )
-    if not (mean.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError(f"{path} must have finite moments, got NaN or infinite values")
-    largest = covariance.abs().max()
-    if covariance.diagonal().min() < 0 or (covariance - covariance.T).abs().max() > 1e-5 * largest:
-        raise ValueError(f"{path} must have a covariance that is symmetric, with variances of at least 0")
 
 
 def fingerprint(provenance: dict[str, str | int], tensors: dict[str, torch.Tensor]) -> str:
