@@ -4,6 +4,7 @@ from .lpips import LPIPS
 from .moments import FeatureMoments
 from .reconstruction import codebook_usage, count_codes, psnr
 from .scorers import ClassifierScorer, CLIPScorer
+from .small_classifier import SmallClassifier
 
 __all__ = [
     "CLIPScorer",
@@ -12,6 +13,7 @@ __all__ = [
     "FeatureNetwork",
     "LPIPS",
     "NetworkOutput",
+    "SmallClassifier",
     "codebook_usage",
     "count_codes",
     "frechet_distance",
