@@ -482,6 +482,7 @@ def main() -> None:
     plan = create_plan(pipe, args, captions, settings)
     plan.check_seeds(args.repeats)
     metrics.check(
+        plan.num_images,
         torch.zeros(3, height, width, dtype=torch.uint8),
         plan.conditions,
         {
