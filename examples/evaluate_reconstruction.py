@@ -31,16 +31,17 @@ from tqdm.auto import tqdm
 from rq_hf.data import ImageCollator
 from rq_hf.evaluation.generation import hash_weights
 from rq_hf.evaluation.reconstruction import ReconstructionMeter
-from rq_hf.evaluation.report import INCEPTION_PROTOCOLS, Report
+from rq_hf.evaluation.report import Report
 from rq_hf.files import checksum
 from rq_hf.images import UINT8_RULES
 from rq_hf.metrics import LPIPS
-from rq_hf.metrics.feature_networks import FeatureNetwork, load_feature_network
+from rq_hf.metrics.feature_networks import INCEPTION_SHA256, FeatureNetwork, load_feature_network
 from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.metrics.weights import find_weights
 from rq_hf.models import RQVAEModel
 from rq_hf.models.continuous_latents import load_autoencoder
 from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
+from rq_hf.training.checkpoints import failing_together
 
 
 @dataclass
@@ -66,6 +67,9 @@ class ReconstructionArguments:
     all_depths: bool = field(
         default=False, metadata={"help": "Also reconstruct from the first codes of an RQ-VAE, 1, 2, ... of them."}
     )
+    name: str | None = field(
+        default=None, metadata={"help": "Name of the data in the report (default: of the data set or files)."}
+    )
     num_images: int | None = field(default=None, metadata={"help": "Only the first N images (default: all)."})
     resolution: int | None = field(default=None, metadata={"help": "Height and width (default: the tokenizer's)."})
     uint8_rule: str = field(default="round", metadata={"help": "From floats to 8 bits.", "choices": list(UINT8_RULES)})
@@ -90,7 +94,9 @@ class ReconstructionArguments:
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise ValueError("LPIPS needs both --lpips_vgg and --lpips_heads")
         if (self.model_card is None) != (self.dataset_type is None):
-            raise ValueError("--model_card needs --dataset_type, and --dataset_type is of use for a card only")
+            raise ValueError("--model_card and --dataset_type go together")
+        if self.model_card is not None and not os.path.isfile(self.model_card):
+            raise ValueError(f"--model_card must be a file, got {self.model_card!r}")
 
 
 def own_batches(
@@ -120,21 +126,21 @@ def measure(
     progress = tqdm(desc="reconstructing", unit="image", disable=not accelerator.is_local_main_process)
     while True:
         measured = None
-        examples = next(batches, None)
-        if examples is not None:
-            pixels, decoded = collate.decode(examples)
-            measured = {"skipped": len(examples) - len(decoded)}
-            if decoded:
-                measured |= meter.measure(pixels)
+        with failing_together(ValueError):
+            examples = next(batches, None)
+            if examples is not None:
+                pixels, decoded = collate.decode(examples)
+                measured = {"skipped": len(examples) - len(decoded)}
+                measured |= meter.measure(pixels) if decoded else {"count": 0}
         gathered = [one for one in gather_object([measured]) if one is not None]
         if not gathered:
             progress.close()
             return skipped
         for one in gathered:
-            skipped += one.pop("skipped")
-            if one:
+            skipped += one["skipped"]
+            progress.update(one["count"])
+            if one["count"]:
                 meter.add(one)
-                progress.update(one["count"])
 
 
 def create_report(
@@ -147,11 +153,10 @@ def create_report(
 ) -> Report:
     """The figures of a meter, with what they depend on."""
     folder = args.vae if os.path.isdir(args.vae) else snapshot_download(args.vae)
-    crop = "the middle square" if data.center_crop else "squeezed"
     images = {
-        "dataset": data.dataset_name or data.data_files,
-        "split": data.split,
-        "transform": f"{crop}, bilinear, {resolution}×{resolution}",
+        "dataset": args.name or data.dataset_name or data.data_files,
+        "split": data.split if args.num_images is None else f"{data.split}[:{args.num_images}]",
+        "transform": f"{'centre crop and ' if data.center_crop else ''}bilinear resize to {resolution}×{resolution}",
     }
     report = Report(
         model=args.vae, weights=hash_weights(folder), uint8_rule=args.uint8_rule, sampler={}, seeds=[], **images
@@ -159,7 +164,7 @@ def create_report(
     result = meter.result()
     count = result["count"]
     for depth, figures in result["depths"].items():
-        settings = {"arithmetic": mixed_precision} | ({} if depth is None else {"depth": depth})
+        settings = {"mixed_precision": mixed_precision} | ({} if depth is None else {"depth": depth})
         for name in ("psnr", "ssim"):
             report.add(name, figures[name], count, **settings)
         if args.lpips_vgg is not None:
@@ -169,7 +174,7 @@ def create_report(
         if network is not None:
             provenance = {**images, "count": count, **network.identity(), "uint8_rule": "stored"}
             report.add(
-                "fid" if network.protocol in INCEPTION_PROTOCOLS else "frechet_distance",
+                "fid" if network.sha256 == INCEPTION_SHA256 else "frechet_distance",
                 figures["frechet_distance"],
                 count,
                 reference=FeatureStatistics(meter.moments["images"], provenance),

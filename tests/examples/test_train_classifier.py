@@ -3,7 +3,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,12 +38,16 @@ def command(tmp_path_factory):
 
 
 def train(arguments):
-    def before():
-        datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-
-    outcome = run_script(SCRIPT, *arguments, before=before)
+    outcome = run_script(SCRIPT, *arguments)
     assert outcome.code == 0, outcome.output
     return outcome.output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command):
+    """Output folder and output of a run."""
+    folder = tmp_path_factory.mktemp("classifier")
+    return folder, train(command(folder))
 
 
 class TestAugment:
@@ -79,11 +82,6 @@ class TestAugment:
 
 @pytest.mark.slow
 class TestTraining:
-    @pytest.fixture(scope="class")
-    def finished(self, tmp_path_factory, command):
-        folder = tmp_path_factory.mktemp("classifier")
-        return folder, train(command(folder))
-
     def test_saves_half_precision_of_the_classes_of_the_data_set(self, finished):
         folder = finished[0] / "classifier"
         weights = load_file(folder / "model.safetensors")
@@ -92,7 +90,7 @@ class TestTraining:
         assert "Classes: circle, square, triangle." in (folder / "README.md").read_text()
         assert ModelCard.load(folder / "README.md").data.library_name == "rq_hf"
 
-    def test_logs_accuracy_and_says_that_of_the_saved_file(self, finished, command):
+    def test_logs_accuracy_and_says_that_of_the_saved_file(self, finished):
         folder, output = finished
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "validation/accuracy" in line] == [3, 6]

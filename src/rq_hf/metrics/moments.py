@@ -129,6 +129,13 @@ def check_features(name: str, features: torch.Tensor, at_least: int = 1) -> None
     check_finite(name, features)
 
 
+def check_pair(features: torch.Tensor, reference: torch.Tensor) -> None:
+    """Raises `TypeError`/`ValueError` unless both are at least two rows of finite numbers, of the same length."""
+    check_features("features", features, at_least=2)
+    check_features("reference", reference, at_least=2)
+    check_same_length("features", features.shape[1], "reference", reference.shape[1])
+
+
 def check_same_length(name: str, length: int, other_name: str, other_length: int) -> None:
     """Raises `ValueError` for sets of features of different lengths."""
     if length != other_length:
