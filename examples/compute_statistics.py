@@ -20,7 +20,6 @@ appears when everything is computed, and it is the same for any number of proces
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,10 +34,10 @@ from tqdm.auto import tqdm
 
 from rq_hf.data.collators import decode_image
 from rq_hf.images import UINT8_RULES, to_pixels, to_uint8
-from rq_hf.metrics.feature_networks import FeatureNetwork
+from rq_hf.metrics.feature_networks import FeatureNetwork, load_feature_network
 from rq_hf.metrics.moments import FeatureMoments
-from rq_hf.metrics.statistics import FLOATS, STORED
-from rq_hf.training import DatasetArguments, check_numbers
+from rq_hf.metrics.statistics import FLOATS, STORED, FeatureStatistics
+from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_arguments
 from rq_hf.training.checkpoints import failing_together
 from rq_hf.untrusted_files import NumpyArchive
 
@@ -55,7 +54,7 @@ class ImageArguments(DatasetArguments):
     )
     moments: str | None = field(
         default=None,
-        metadata={"help": "Or .npz file with a mean mu and a covariance sigma, to note what they are of."},
+        metadata={"help": "Or .npz file with a mean mu and covariance sigma, to note what they are of."},
     )
     resolution: int | None = field(
         default=None,
@@ -110,6 +109,9 @@ class StatisticsArguments:
     )
     network_weights: str | None = field(
         default=None, metadata={"help": "Weights of Inception: a file, or user/repository/file on the Hub."}
+    )
+    network_sha256: str | None = field(
+        default=None, metadata={"help": "Of other weights than those that everyone uses for FID: their SHA-256."}
     )
     keep_features: bool = field(default=False, metadata={"help": "Save the features of every image, too."})
     count: int | None = field(default=None, metadata={"help": "Of --moments: number of images."})
@@ -224,15 +226,79 @@ def compute(
     progress = tqdm(desc="features", unit="image", total=total, disable=not accelerator.is_main_process)
     with progress, ThreadPoolExecutor(num_threads + 1) as pool:
         for shard in own_shards(shards, accelerator.process_index, accelerator.num_processes):
-            counts = Counter()
             with failing_together(ValueError):
                 images = (image for image in pool.map(decode, shard) if image is not None)
-                features = extract(network, images, accelerator.device)
-                counts["skipped"] = len(shard) - len(features)
-            for features, counts in gather_object([(features, counts)]):
-                skipped += counts["skipped"]
+                own_features = extract(network, images, accelerator.device)
+                own_skipped = len(shard) - len(own_features)
+            for features, number in gather_object([(own_features, own_skipped)]):
+                skipped += number
+                progress.update(len(features))
                 if accelerator.is_main_process and len(features):
                     moments.update(features)
                     kept += [features] if keep_features else []
-                progress.update(len(features))
     return moments, torch.cat(kept) if kept else None, skipped
+
+
+def main() -> None:
+    data, args = parse_arguments(
+        ImageArguments,
+        StatisticsArguments,
+        description=__doc__,
+        sections=(),
+        usage="%(prog)s --network NETWORK --output_file FILE [options]",
+    )
+    of_moments = args.describe_moments(data.moments is not None)
+    accelerator = Accelerator(cpu=args.cpu)
+    check_launch(accelerator)
+    with accelerator.local_main_process_first():
+        network = load_feature_network(args.network, args.network_weights, args.network_sha256)
+    network = network.to(accelerator.device)
+    provenance = data.describe() | network.identity()
+    if data.moments is not None:
+        if accelerator.is_main_process:
+            statistics = FeatureStatistics.load(data.moments, **provenance | of_moments)
+            if statistics.moments.num_features != network.num_features:
+                raise ValueError(
+                    f"{data.moments} has {statistics.moments.num_features} features, {network.name} has "
+                    f"{network.num_features}"
+                )
+            statistics.save(args.output_file)
+            print(f"saved the statistics of {of_moments['count']:,} images in {args.output_file}")
+        accelerator.end_training()
+        return
+
+    decode, total = Decoder(data), data.num_images
+    if data.images is not None:
+        archive = NumpyArchive(data.images)
+        shards, decode = shards_of_archive(archive, data.num_images), torch.Tensor.contiguous
+    else:
+        dataset = data.load()
+        if data.num_images is not None:
+            dataset = dataset.take(data.num_images)
+        if isinstance(dataset, datasets.Dataset):
+            total = len(dataset)
+        shards = shards_of_dataset(dataset)
+    moments, features, skipped = compute(
+        accelerator,
+        network,
+        shards,
+        decode,
+        num_threads=data.dataloader_num_workers,
+        keep_features=args.keep_features,
+        total=total,
+    )
+    if accelerator.is_main_process:
+        if moments.count < 2:
+            raise ValueError(f"expected at least 2 images, got {moments.count} ({skipped} could not be decoded)")
+        provenance |= {"count": moments.count, "uint8_rule": STORED}
+        statistics = FeatureStatistics(moments, provenance, features)
+        statistics.save(args.output_file)
+        print(
+            f"saved the statistics of {moments.count:,} images in {args.output_file} (SHA-256 {statistics.sha256}); "
+            f"{skipped:,} images could not be decoded"
+        )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -26,14 +26,11 @@ Captions that occur twice are used twice. More images than captions are refused;
 --repeats R samples R times --num_images, with further seeds, and reports mean and deviation.
 """
 
-import json
 import os
 import statistics
-import sys
-from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field, fields
+import time
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +41,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPModel
 
 from rq_hf import MARPipeline, RQPipeline
+from rq_hf.argument_checks import check_source
 from rq_hf.evaluation.captions import choose_captions, load_captions, read_captions, truncated_cond_ids
 from rq_hf.evaluation.generation import (
     SAMPLE_TYPES,
@@ -51,13 +49,17 @@ from rq_hf.evaluation.generation import (
     GenerationPlan,
     generate_shard,
     hash_weights,
+    image_size,
     resolve_sampling,
 )
-from rq_hf.evaluation.sample_metrics import NEEDS, SampleMetrics
-from rq_hf.images import UINT8_RULES, to_uint8
-from rq_hf.metrics import ClassifierScorer, CLIPScorer
-from rq_hf.metrics.feature_networks import load_feature_network
+from rq_hf.evaluation.report import Report
+from rq_hf.evaluation.sample_metrics import NEEDS, SampleMetrics, network_scorer
+from rq_hf.files import checksum
+from rq_hf.images import UINT8_RULES
+from rq_hf.metrics import ClassifierScorer, CLIPScorer, load_feature_network
+from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER, find_model_file
 from rq_hf.metrics.statistics import FeatureStatistics
+from rq_hf.pipelines.rejection_sampling import Scorer
 from rq_hf.training import check_launch, check_numbers, parse_arguments
 from rq_hf.training.checkpoints import failing_together
 
@@ -285,6 +287,60 @@ def create_plan(
     )
 
 
+def load_scorer(
+    args: GenerationArguments, pipe: RQPipeline | MARPipeline, device: torch.device
+) -> tuple[Scorer | None, dict | None]:
+    """The scorer of rejection sampling, and what it depends on. Raises `ValueError` for a model without conditions."""
+    if args.scorer is None:
+        return None, None
+    if args.scorer == SMALL_CLASSIFIER:
+        network = load_feature_network(args.scorer).to(device)
+        return network_scorer(network, args.uint8_rule), network.identity()
+    if pipe.is_text_conditional:
+        return load_clip(args.scorer, device)
+    if not pipe.is_class_conditional:
+        raise ValueError(f"--scorer needs a model of classes or captions, {args.model} is unconditional")
+    scorer = ClassifierScorer.from_pretrained(args.scorer)
+    scorer.model.to(device)
+    return scorer, scorer_identity(args.scorer, scorer.image_size)
+
+
+def load_clip(name: str, device: torch.device) -> tuple[CLIPScorer, dict[str, str]]:
+    """The similarity of images and captions, and what it depends on."""
+    scorer = CLIPScorer(CLIPModel.from_pretrained(name).to(device), AutoTokenizer.from_pretrained(name))
+    return scorer, scorer_identity(name, scorer.model.config.vision_config.image_size)
+
+
+def scorer_identity(name: str, size: int) -> dict[str, str]:
+    """Like [`FeatureNetwork.identity`]."""
+    return {
+        "network": os.path.basename(os.path.abspath(name)),
+        "protocol": f"bicubic {size}",
+        "network_sha256": checksum(find_model_file(name)),
+    }
+
+
+def load_metrics(args: MetricArguments, device: torch.device) -> SampleMetrics:
+    def network(name, weights=None):
+        return None if name is None else load_feature_network(name, weights).to(device)
+
+    def statistics_of(path):
+        return None if path is None else FeatureStatistics.load(path)
+
+    clip, clip_identity = (None, None) if args.clip_model is None else load_clip(args.clip_model, device)
+    main_network = network(args.network, args.network_weights)
+    return SampleMetrics(
+        names=args.metrics,
+        network=main_network,
+        reference=statistics_of(args.reference),
+        cmmd_network=network(args.cmmd_network),
+        cmmd_reference=statistics_of(args.cmmd_reference),
+        classifier=main_network if args.classifier == args.network else network(args.classifier),
+        clip=clip,
+        clip_identity=clip_identity,
+    )
+
+
 def generate(
     accelerator: Accelerator,
     pipe: RQPipeline | MARPipeline,
@@ -323,12 +379,13 @@ def generate(
         def update():
             progress.update(folder.count_images(shards) - progress.n)
 
+        observers = metrics.observers()
         for shard in own:
             observing += generate_shard(
                 pipe,
                 folder,
                 shard,
-                metrics.observers(),
+                observers,
                 batch_size=args.batch_size,
                 sampling=sampling,
                 scorer=scorer,
@@ -341,6 +398,111 @@ def generate(
     observing, busy = accelerator.reduce(torch.tensor([observing, busy], device=accelerator.device), "sum").tolist()
     if missing:
         accelerator.print(
-            f"sampled {total - existing:,} images in {seconds:,.0f} s, {(total - existing) / seconds:.2f} images/s; the "
-            f"networks of the metrics took {observing / busy:.1%} of the time"
+            f"sampled {total - existing:,} images in {seconds:,.0f} s, {(total - existing) / seconds:.2f} images/s; "
+            f"the networks of the metrics took {observing / busy:.1%} of the time"
         )
+
+
+def describe_scheduler(pipe: RQPipeline | MARPipeline) -> dict | None:
+    """Class and settings of the scheduler of a MAR."""
+    if isinstance(pipe, RQPipeline):
+        return None
+    config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(pipe.scheduler).__name__, **config}
+
+
+def describe_data(captions: CaptionArguments, metrics: SampleMetrics) -> dict[str, str]:
+    """Names of the real images that samples are compared with or, without such, of the captions."""
+    reference = metrics.reference or metrics.cmmd_reference
+    if reference is not None:
+        return {name: reference.provenance[name] for name in ("dataset", "split")}
+    if captions.sources:
+        return {"dataset": getattr(captions, captions.sources[0]), "split": captions.split}
+    return {"dataset": "none", "split": "none"}
+
+
+def create_report(
+    args: GenerationArguments,
+    plan: GenerationPlan,
+    metrics: SampleMetrics,
+    folder: GenerationFolder,
+    data: dict[str, str],
+) -> Report:
+    """The figures of all finished shards: of several repeats, their means and deviations."""
+    report = Report(
+        model=args.model,
+        weights=plan.settings["weights"],
+        **data,
+        transform=plan.settings["transform"],
+        uint8_rule=plan.uint8_rule,
+        sampler={name: plan.settings[name] for name in ("sampling", "scheduler", "dtype", "compile", "scorer")}
+        | {"num_candidates": plan.num_candidates, "conditions": plan.description()["conditions"]},
+        seeds=[plan.seeds(plan.shards(repeat)[0].images)[0] for repeat in range(args.repeats)],
+    )
+    for name in metrics.names:
+        results = [metrics.compute(name, folder, plan.shards(repeat)) for repeat in range(args.repeats)]
+        for figure, first in results[0].items():
+            values = [result[figure]["value"] for result in results]
+            if args.repeats > 1:
+                first = first | {"std": statistics.stdev(values), "std_of": "repeats", "values": values}
+            report.add(figure, n=plan.num_images, **metrics.basis(name), **first | {"value": statistics.mean(values)})
+    return report
+
+
+def main() -> None:
+    args, sampling_args, captions, metric_args = parse_arguments(
+        GenerationArguments,
+        SamplingArguments,
+        CaptionArguments,
+        MetricArguments,
+        description=__doc__,
+        sections=(),
+    )
+    # A process waits for the others as long as it takes them to finish their last shards.
+    accelerator = Accelerator(
+        cpu=args.cpu, mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=30))]
+    )
+    check_launch(accelerator)
+    source, pipe = load_pipeline(args, accelerator)
+    sampling = resolve_sampling(pipe, **sampling_args.given())
+    scorer, scorer_identity = load_scorer(args, pipe, accelerator.device)
+    metrics = load_metrics(metric_args, accelerator.device)
+    height, width = image_size(pipe)
+    weights = broadcast_object_list([hash_weights(source) if accelerator.is_main_process else None])[0]
+    settings = {
+        "weights": weights,
+        "sampling": sampling,
+        "scheduler": describe_scheduler(pipe),
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "scorer": scorer_identity,
+        "transform": f"none, sampled at {width}×{height}",
+        "networks": metrics.identities(),
+    }
+    plan = create_plan(pipe, args, captions, settings)
+    plan.check_seeds(args.repeats)
+    metrics.check(
+        plan.num_images,
+        torch.zeros(3, height, width, dtype=torch.uint8),
+        plan.conditions,
+        {
+            "dataset": f"samples of {args.model}",
+            "split": f"seeds from {args.seed} on",
+            "transform": settings["transform"],
+            "uint8_rule": args.uint8_rule,
+        },
+    )
+    folder = GenerationFolder(args.output_dir, plan, args.save_samples)
+    generate(accelerator, pipe, folder, args, metrics, scorer, sampling)
+    if accelerator.is_main_process:
+        report = create_report(args, plan, metrics, folder, describe_data(captions, metrics))
+        report.save(folder.folder / "report.json")
+        if args.model_card is not None:
+            task = "text-to-image" if pipe.is_text_conditional else "unconditional-image-generation"
+            report.update_card(args.model_card, task_type=task, dataset_type=report.dataset)
+        print(report.table())
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -387,7 +387,6 @@ def sample_images(
     Only sampling depends on `batch_size`. They are decoded in the same chunks whatever it is.
     """
     check_size("batch_size", batch_size)
-    decode = pipe.decode_codes if isinstance(pipe, RQPipeline) else pipe.decode_latents
     pending, count = [], 0  # codes or latents; the images before them
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -405,9 +404,25 @@ def sample_images(
         while len(pending) >= CHUNK or (pending and batch.stop == images.stop):
             chunk, pending = pending[:CHUNK], pending[CHUNK:]
             with naming_images(plan, images[count : count + len(chunk)]):
-                pixels = decode(torch.stack(chunk), output_type="pt")
+                pixels = decode(pipe, torch.stack(chunk))
             count += len(chunk)
-            yield to_uint8(pixels.expand(-1, 3, -1, -1), plan.uint8_rule)
+            yield to_uint8(pixels, plan.uint8_rule)
+
+
+def decode(pipe: RQPipeline | MARPipeline, sampled: torch.Tensor) -> torch.Tensor:
+    """Codes or latents -> `(B, 3, height, width)` in [0, 1]; grey images as RGB."""
+    decode_sampled = pipe.decode_codes if isinstance(pipe, RQPipeline) else pipe.decode_latents
+    return decode_sampled(sampled, output_type="pt").expand(-1, 3, -1, -1)
+
+
+def image_size(pipe: RQPipeline | MARPipeline) -> tuple[int, int]:
+    """Height and width of the images that the pipeline samples."""
+    config = pipe.transformer.config
+    if isinstance(pipe, RQPipeline):
+        sampled = torch.zeros(1, *config.code_shape, dtype=torch.long, device=pipe.device)
+    else:
+        sampled = torch.zeros(1, *config.latent_shape, device=pipe.device)
+    return tuple(decode(pipe, sampled).shape[2:])
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from ..metrics.statistics import (
     check_sha256,
     check_text,
 )
-from ..untrusted_files import check_contents_are_there, one_line, shown
+from ..untrusted_files import check_contents_are_there, one_line, shown, shown_first
 
 NAMES = {
     "fid": "FID",
@@ -346,10 +346,11 @@ def name_of(metric: dict) -> tuple[str, str | None]:
 
 def check_names(values, kind: type) -> None:
     """Raises `ValueError` unless these are the fields of a data class, all of them."""
+    check_instance("it", values, dict)
     names = {entry.name for entry in fields(kind)}
-    if not isinstance(values, dict) or set(values) != names:
-        found = ", ".join(map(shown, values)) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"it must have {', '.join(sorted(names))}, got {found}")
+    if values.keys() != names:
+        missing, unknown = (shown_first(sorted(n), 5) for n in (names - values.keys(), values.keys() - names))
+        raise ValueError(f"missing: {missing or 'none'}; unknown: {unknown or 'none'}")
 
 
 def describe(reference: dict | None) -> str:
