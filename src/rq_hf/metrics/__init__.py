@@ -11,6 +11,9 @@ from .reconstruction import codebook_usage, count_codes, psnr, ssim
 from .scorers import ClassifierScorer, CLIPScorer, clip_score
 from .small_classifier import SmallClassifier
 
+MODULES = str(Path(__file__).parent / "modules")
+"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
+
 __all__ = [
     "CLIPScorer",
     "ClassifierScorer",
