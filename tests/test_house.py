@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "metrics": GROUND,
     "pipelines": GROUND | {"models"},
     "data": GROUND | {"models"},
+    "evaluation": GROUND | {"models", "pipelines", "data", "metrics"},
     "training": GROUND | {"models", "pipelines", "data", "metrics"},
     "convert": GROUND | {"models", "pipelines"},
     "_registration": {"models", "pipelines", "convert"},

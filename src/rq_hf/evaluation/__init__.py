@@ -1,0 +1,3 @@
+from .report import Figure, Report
+
+__all__ = ["Figure", "Report"]
