@@ -71,7 +71,7 @@ def test_fid_to_a_file_of_statistics(load, tmp_path, features, reference):
     statistics.save(path)
     found = load("fid").compute(predictions=features, reference=str(path), network="identity")
     assert found == {"frechet_distance": pytest.approx(metrics.frechet_distance(features, reference), rel=1e-9)}
-    with pytest.raises(ValueError, match="says network identity, got inception"):
+    with pytest.raises(ValueError, match="says network .*identity.*, got .*inception"):
         load("fid").compute(predictions=features, reference=str(path), network="inception")
     with pytest.raises(TypeError, match="network: only for a reference that is a file"):
         load("fid").compute(predictions=features, reference=reference, network="identity")
