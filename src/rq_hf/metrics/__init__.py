@@ -10,6 +10,10 @@ from .precision_recall import precision_recall
 from .reconstruction import codebook_usage, count_codes, psnr, ssim
 from .scorers import ClassifierScorer, CLIPScorer, clip_score
 from .small_classifier import SmallClassifier
+from .statistics import FeatureStatistics
+
+MODULES = str(Path(__file__).parent / "modules")
+"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
 
 MODULES = str(Path(__file__).parent / "modules")
 """Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
@@ -19,6 +23,7 @@ __all__ = [
     "ClassifierScorer",
     "FeatureMoments",
     "FeatureNetwork",
+    "FeatureStatistics",
     "LPIPS",
     "MODULES",
     "NetworkOutput",
