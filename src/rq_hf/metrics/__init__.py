@@ -15,9 +15,6 @@ from .statistics import FeatureStatistics
 MODULES = str(Path(__file__).parent / "modules")
 """Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
 
-MODULES = str(Path(__file__).parent / "modules")
-"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
-
 __all__ = [
     "CLIPScorer",
     "ClassifierScorer",
