@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import runpy
@@ -40,6 +41,7 @@ def kill_at(place):
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    @functools.wraps(call)
     def call_and_stop(pipe, **arguments):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -34,6 +34,7 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
+from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.models import continuous_latents
 from rq_hf.models.mar_transformer.denoising import default_scheduler
 
@@ -52,6 +53,10 @@ def shared(make, *arguments):
 def pil(mode="RGB", size=(WIDTH, HEIGHT)):
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels).convert(mode)
+
+
+def reconstruction_meter():
+    return ReconstructionMeter(tiny.tiny_vae())
 
 
 @functools.cache
@@ -93,6 +98,8 @@ NAMES |= vars(tiny) | {
     "default_scheduler": default_scheduler,
     "tokenizer": lambda: shared(tiny.tiny_tokenizer),
     "lpips": lambda: shared(metrics.LPIPS),
+    "classifier": lambda: shared(metrics.SmallClassifier),
+    "meter": lambda: shared(reconstruction_meter),
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
 }
@@ -1131,6 +1138,14 @@ METRICS = [
         {"vgg": "'/nope.pth'", "heads": "'/nope.pth'"},
         {"vgg": anything("'a/b'; '/nope/x.safetensors'; ''"), "heads": anything("3")},
         {"vgg": "file", "heads": "file"},
+    ),
+    Target("classifier().features", {"pixels": "tiny_pixels(2, 32, 32)"}, {"pixels": of_two(3, 32, 32)}, **anywhere),
+    Target(
+        "meter().measure",
+        {"pixels": "tiny_pixels(2, 16, 16)"},
+        {"pixels": restricted(of_two(3, 16, 16), lambda x: bool((x.abs() <= 1).all()))},
+        {"pixels": "images"},
+        **anywhere,
     ),
 ]
 

@@ -10,12 +10,20 @@ from .precision_recall import precision_recall
 from .reconstruction import codebook_usage, count_codes, psnr, ssim
 from .scorers import ClassifierScorer, CLIPScorer, clip_score
 from .small_classifier import SmallClassifier
+from .statistics import FeatureStatistics
+
+MODULES = str(Path(__file__).parent / "modules")
+"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
+
+MODULES = str(Path(__file__).parent / "modules")
+"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
 
 __all__ = [
     "CLIPScorer",
     "ClassifierScorer",
     "FeatureMoments",
     "FeatureNetwork",
+    "FeatureStatistics",
     "LPIPS",
     "MODULES",
     "NetworkOutput",

@@ -247,9 +247,9 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
               package computes the Inception Score.
             * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized
               to 32×32 with bicubic filtering and without cropping. Its logits are those of the classes of CIFAR-10.
-            * a folder or Hub id of CLIP (its image embeddings, of any length) or DINOv2 (its class token after the last
-              normalization). Images are resized to the square that its `preprocessor_config.json` names, with bicubic
-              filtering and without cropping.
+            * a folder or Hub id of CLIP (its image embeddings, not normalized to unit length) or DINOv2 (its class
+              token after the last normalization). Images are resized to the square that its
+              `preprocessor_config.json` names, with bicubic filtering and without cropping.
 
         weights: of Inception: a file, or `user/repository/file` on the Hub, with the state dict
             `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid (also a file of safetensors).

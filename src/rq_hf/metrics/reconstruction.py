@@ -59,6 +59,15 @@ def windowed(images: torch.Tensor) -> torch.Tensor:
     return F.conv2d(flat, weights[None, None, None]).unflatten(0, images.shape[:2]).squeeze(2)
 
 
+def check_pixels(name: str, pixels: torch.Tensor) -> None:
+    """Raises `TypeError`/`ValueError` unless these are images `(B, channels, height, width)` in [-1, 1]."""
+    check_floating(name, pixels, "B", "channels", "height", "width")
+    check_values(name, pixels)
+    lowest, highest = (value.item() for value in pixels.aminmax())
+    if not -1 <= lowest <= highest <= 1:
+        raise ValueError(f"{name} must lie in [-1, 1], got values from {lowest:.3g} to {highest:.3g}")
+
+
 def to_levels(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] rounded to the 256 levels from 0 to 255."""
     return (pixels.float() * 127.5 + 127.5).clamp(0, 255).round()
