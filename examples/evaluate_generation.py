@@ -242,7 +242,7 @@ def load_pipeline(args: GenerationArguments, accelerator: Accelerator) -> tuple[
     check_source("--model", args.model)
     with accelerator.local_main_process_first():
         folder = args.model if os.path.isdir(args.model) else DiffusionPipeline.download(args.model)
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, args.dtype))
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     if not isinstance(pipe, RQPipeline | MARPipeline):
         raise ValueError(f"--model must be an RQPipeline or a MARPipeline, got a {type(pipe).__name__}")
     pipe.set_progress_bar_config(disable=True)
