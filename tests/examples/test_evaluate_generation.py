@@ -182,7 +182,7 @@ class TestReport:
     def test_says_what_figures_depend_on(self, unbroken, reference):
         report = Report.load(unbroken / "report.json")
         assert set(report.weights) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-        assert report.sampler["sampling"]["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
+        assert report.sampler["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
         assert report.seeds == [0] and report.uint8_rule == "round" and report.dataset == "shapes"
         distance = report.figures[0]
         assert distance.network["network"] == "clip" and distance.reference["file"] == reference.name
@@ -238,10 +238,12 @@ def evaluated(unbroken, tmp_path):
 
 class TestResume:
     def test_a_finished_run_only_computes_the_figures(self, evaluated, unbroken, classes):
-        (evaluated / "report.json").unlink()
-        outcome = finish(evaluated, *classes, "--save_samples", "npz")
+        before = (evaluated / "report.json").read_text()
+        outcome = finish(evaluated, *classes, "--save_samples", "npz", "--metrics", "fid")
         assert "5 of 5 shards are there already" in outcome.output and "images/s" not in outcome.output
-        assert figures(evaluated) == figures(unbroken)
+        assert figures(evaluated) == figures(unbroken)[:1]
+        (earlier,) = evaluated.glob("report-*.json")
+        assert earlier.read_text() == before
 
     def test_more_repeats_keep_the_first(self, evaluated, unbroken, classes):
         outcome = finish(evaluated, *classes, "--save_samples", "npz", "--repeats", 3)
@@ -337,7 +339,7 @@ def test_mar(pipelines, network, tmp_path):
     options = [f for name, value in MAR_CALL.items() for f in (f"--{name}", value)]
     finish(tmp_path / "evaluation", "--model", pipelines / "mar", *network, *IMAGES, *options)
     sampler = Report.load(tmp_path / "evaluation" / "report.json").sampler
-    assert sampler["sampling"]["num_inference_steps"] == MAR_CALL["num_inference_steps"]
+    assert sampler["num_inference_steps"] == MAR_CALL["num_inference_steps"]
     assert sampler["scheduler"]["class"] == "DDPMScheduler"
 
 
