@@ -21,6 +21,7 @@ from rq_hf import RQPipeline
 from rq_hf.evaluation.report import Report
 from rq_hf.images import to_uint8
 from rq_hf.metrics import FeatureMoments, frechet_distance, load_feature_network
+from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER
 from rq_hf.metrics.statistics import FeatureStatistics
 
 EVALUATE = Path(__file__).parents[2] / "examples" / "evaluate_generation.py"
@@ -333,6 +334,43 @@ class TestCaptions:
         (outcome,) = evaluate(tmp_path / "evaluation", *options)
         message = "--num_images 3 is more than the 2 captions at --images_per_caption 1"
         assert outcome.code == 1 and message in outcome.output
+
+
+@pytest.fixture(scope="module")
+def classified(pipelines):
+    options = ["--model", pipelines / "class", "--cpu", "--num_images", 12, "--save_samples", "npz"]
+    return [*options, "--metrics", "class_accuracy", "--classifier", SMALL_CLASSIFIER]
+
+
+class TestClassifier:
+    def test_accuracy_and_rejection_sampling(self, classified, tmp_path):
+        finish(tmp_path / "all", *options)
+        finish(tmp_path / "best", *classified, "--acceptance_rate", 0.25, "--scorer", SMALL_CLASSIFIER)
+        network = load_feature_network(SMALL_CLASSIFIER)
+        means = []
+        for name in ("all", "best"):
+            samples = [np.load(path) for path in sorted((tmp_path / name / "samples").iterdir())]
+            images = torch.from_numpy(np.concatenate([file["arr_0"] for file in samples])).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(np.concatenate([file["arr_1"] for file in samples]))
+            logits = network(images).logits
+            (accuracy,) = figures(tmp_path / name)
+            assert accuracy.value == (logits.argmax(dim=-1) == labels).double().mean().item()
+            means.append(logits.log_softmax(dim=-1).gather(-1, labels[:, None]).mean())
+        assert means[1] > means[0]
+        assert Report.load(tmp_path / "best" / "report.json").sampler["scorer"] == network.identity()
+
+    def test_one_network_for_features_and_classes_sees_images_once(self, classified, tmp_path):
+        finish(
+            tmp_path / "evaluation",
+            *classified,
+            "--network",
+            SMALL_CLASSIFIER,
+            "--metrics",
+            "class_accuracy",
+            "inception_score",
+        )
+        assert {name for _, name in stored(tmp_path / "evaluation")} == {"network.features", "network.logits"}
+        assert [figure.metric for figure in figures(tmp_path / "evaluation")] == ["class_accuracy", "inception_score"]
 
 
 def test_mar(pipelines, network, tmp_path):
