@@ -34,6 +34,7 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
+from rq_hf.evaluation import Report
 from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.models import continuous_latents
 from rq_hf.models.mar_transformer.denoising import default_scheduler
@@ -57,6 +58,29 @@ def pil(mode="RGB", size=(WIDTH, HEIGHT)):
 
 def reconstruction_meter():
     return ReconstructionMeter(tiny.tiny_vae())
+
+
+def figure(metric, value, n, std):
+    """A new report's only figure."""
+    report = Report(
+        model="model",
+        weights={"model.safetensors": "a" * 64},
+        dataset="shapes",
+        split="train",
+        transform="none",
+        uint8_rule="round",
+        sampler={},
+        seeds=[],
+    )
+    report.add(metric, value, n, std=std)
+    return report.figures[0]
+
+
+def statistics(dataset, count, network_sha256, uint8_rule):
+    identity = {"network": "tiny", "protocol": "8×8", "network_sha256": network_sha256}
+    provenance = {"dataset": dataset, "split": "train", "transform": "none", "count": count, "uint8_rule": uint8_rule}
+    moments = metrics.FeatureMoments.of(torch.arange(12.0).view(6, 2))
+    return metrics.FeatureStatistics(moments, provenance | identity)
 
 
 @functools.cache
@@ -100,6 +124,8 @@ NAMES |= vars(tiny) | {
     "lpips": lambda: shared(metrics.LPIPS),
     "classifier": lambda: shared(metrics.SmallClassifier),
     "meter": lambda: shared(reconstruction_meter),
+    "figure": figure,
+    "statistics": statistics,
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
 }
@@ -1145,6 +1171,33 @@ METRICS = [
         {"pixels": "tiny_pixels(2, 16, 16)"},
         {"pixels": restricted(of_two(3, 16, 16), lambda x: bool((x.abs() <= 1).all()))},
         {"pixels": "images"},
+        **anywhere,
+    ),
+    Target(
+        "figure",
+        {"metric": "'psnr'", "value": "21.5", "n": "10", "std": "2.0"},
+        {
+            "metric": one_of("psnr"),
+            "value": anything("3; -1.5; np.float32(2.5); torch.tensor(0.5)", lambda value: True),
+            "n": integer(1),
+            "std": optional(at_least_0),
+        },
+        {"value": "psnr"},
+        probe=lambda figure: [figure.metric, figure.value, figure.n, figure.std],
+        **anywhere,
+    ),
+    Target(
+        "statistics",
+        {"dataset": "'shapes'", "count": "6", "network_sha256": "'a' * 64", "uint8_rule": "'round'"},
+        {
+            "dataset": anything(
+                "'faces'; ''; ' '; 3; None", lambda name: isinstance(name, str) and name.strip() != ""
+            ),
+            "count": integer(6, 6),
+            "network_sha256": anything("'b' * 64; 'a' * 63; 'A' * 64; b'a' * 64; ''", lambda text: text == "b" * 64),
+            "uint8_rule": one_of("round", "truncate", "stored", "none"),
+        },
+        probe=lambda statistics: statistics.provenance,
         **anywhere,
     ),
 ]
