@@ -1,6 +1,6 @@
 import pytest
 
-from rq_hf.files import atomic_folder
+from rq_hf.files import atomic_file, atomic_folder, checksum
 
 
 def names(folder):
@@ -42,3 +42,26 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path):
         (folder / "complete").touch()
     assert names(tmp_path) == ["model"]
     assert names(tmp_path / "model") == ["complete"]
+
+
+def test_a_file_appears_when_it_is_complete_and_replaces_the_one_before(tmp_path):
+    for text in ("first", "second"):
+        with atomic_file(tmp_path / "new" / "report.json") as path:
+            path.write_text(text)
+            assert path.suffix == ".json"
+    assert (tmp_path / "new" / "report.json").read_text() == "second"
+    assert names(tmp_path / "new") == ["report.json"]
+
+
+def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path):
+    (tmp_path / "report.json").write_text("complete")
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "report.json") as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "report.json").read_text() == "complete"
+    assert names(tmp_path) == ["report.json"]
+
+
+def test_checksum_is_the_sha256_of_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert checksum(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -7,10 +7,20 @@ import struct
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import numpy_to_pil
 from PIL import Image, ImageFont
 from shapes import draw_shape
 
-from rq_hf.images import captioned_grid, color_mode, image_grid, to_pixels, to_rgb, wrap
+from rq_hf.images import (
+    UINT8_RULES,
+    captioned_grid,
+    color_mode,
+    image_grid,
+    to_pixels,
+    to_rgb,
+    to_uint8,
+    wrap,
+)
 
 
 def reopened(image, format="PNG", **kwargs):
@@ -194,6 +204,64 @@ class TestToPixels:
 def test_colors_have_one_or_three_channels(channels):
     with pytest.raises(ValueError, match=rf"1 channel \(grey\) or 3 \(RGB\), got {channels}"):
         color_mode(channels)
+
+
+class TestToUint8:
+    def test_rules_differ_between_levels(self):
+        between = ((torch.arange(4) + torch.tensor([[0.25], [0.5], [0.75]])) / 255)[None, None]
+        levels = {rule: to_uint8(between, rule)[0, 0].tolist() for rule in UINT8_RULES}
+        assert levels == {
+            "round": [[0, 1, 2, 3], [0, 2, 2, 4], [1, 2, 3, 4]],
+            "round-half-up": [[0, 1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]],
+            "truncate": [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]],
+        }
+
+    @pytest.mark.parametrize("rule", UINT8_RULES)
+    def test_keeps_images_of_8_bits(self, rule):
+        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+        assert torch.equal(to_uint8(images / 255, rule), images)
+
+    def test_rounds_as_diffusers_and_truncates_as_adm(self):
+        pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+        images = pixels / 2 + 0.5
+        saved = numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+        assert np.array_equal(to_uint8(images, "round").permute(0, 2, 3, 1), np.stack(saved))
+        assert torch.equal(to_uint8(images, "truncate"), ((pixels + 1) * 127.5).clamp(0, 255).to(torch.uint8))
+
+    def test_of_half_precision_is_that_of_single_precision(self):
+        images = torch.rand(1, 3, 16, 16).bfloat16()
+        assert torch.equal(to_uint8(images, "truncate"), to_uint8(images.float(), "truncate"))
+
+    @pytest.mark.parametrize(
+        "images, rule, error, message",
+        [
+            (torch.full((1, 3, 2, 2), 1.01), "round", ValueError, r"images must lie in \[0, 1\], got values from 1.0"),
+            (
+                torch.full((1, 3, 2, 2), -0.5),
+                "round",
+                ValueError,
+                r"images must lie in \[0, 1\], got values from -0.5",
+            ),
+            (torch.full((1, 3, 2, 2), torch.nan), "round", ValueError, r"images must lie in \[0, 1\], got .* nan"),
+            (
+                torch.zeros(1, 3, 2, 2, dtype=torch.uint8),
+                "round",
+                TypeError,
+                "images must be floating point, got torch.u",
+            ),
+            (torch.zeros(3, 2, 2), "round", ValueError, r"images must have the shape \(B, C, height, width\), got"),
+            (
+                torch.zeros(1, 3, 2, 2),
+                "floor",
+                ValueError,
+                r"rule must be one of \['round', 'round-half-up', 'truncate'\]",
+            ),
+            (torch.zeros(1, 3, 2, 2, device="meta"), "round", ValueError, "images must have values"),
+        ],
+    )
+    def test_refuses_other_values(self, images, rule, error, message):
+        with pytest.raises(error, match=message):
+            to_uint8(images, rule)
 
 
 class TestImageGrid:

@@ -166,6 +166,14 @@ def check_finite(name: str, value: torch.Tensor) -> None:
     raise ValueError(f"{name} must be finite, got NaN or infinite values in {int((~rows).sum())} of {rows.numel()}")
 
 
+def check_unit_interval(name: str, value: torch.Tensor) -> None:
+    """Raises `ValueError` for values outside of [0, 1] and NaN."""
+    check_values(name, value)
+    lowest, highest = (number.item() for number in value.aminmax())
+    if not (lowest >= 0 and highest <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], got values from {lowest} to {highest}")
+
+
 def check_dense(name: str, value: torch.Tensor) -> None:
     """Raises `TypeError` unless `value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):

@@ -1,5 +1,6 @@
-"""Folders that appear only when they are complete."""
+"""Files and folders that appear only when they are complete."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,27 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished)
         raise
     replace_folder(destination, unfinished)
+
+
+@contextmanager
+def atomic_file(destination: Path) -> Iterator[Path]:
+    """
+    A path beside `destination` to write to. The file becomes `destination`, in the place of what was there, when the
+    block ends without an error, and is removed otherwise.
+    """
+    unfinished = destination.with_name(f"unfinished-{destination.name}")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield unfinished
+        os.replace(unfinished, destination)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def checksum(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(destination: Path, finished: Path) -> None:

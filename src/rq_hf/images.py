@@ -7,9 +7,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
-from .argument_checks import check_bool, check_floating, check_instance, check_size
+from .argument_checks import check_bool, check_choice, check_floating, check_instance, check_size, check_unit_interval
 
 WIDEST = 8  # of an image whose centre is kept, in lengths of the shorter side
+UINT8_RULES = ("round", "round-half-up", "truncate")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -81,6 +82,28 @@ def to_pixels(image: Image.Image, resolution: int, center_crop: bool = True) -> 
 def crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (round((side - kept) / 2) for side, kept in zip(image.size, (width, height)))
     return image.crop((left, top, left + width, top + height))
+
+
+def to_uint8(images: torch.Tensor, rule: str) -> torch.Tensor:
+    """
+    Images `(B, C, height, width)` in [0, 1] -> the same as uint8 in [0, 255]. Evaluations that use different rules
+    cannot be compared.
+
+    Args:
+        rule: `"round"` to the nearest, halves to even, as `numpy_to_pil` of diffusers; `"round-half-up"`, as
+            `save_image` of torchvision; or `"truncate"`, as the sampling scripts of ADM (guided-diffusion).
+
+    Raises `ValueError` for another rule and for values outside of [0, 1].
+    """
+    check_choice("rule", rule, UINT8_RULES)
+    check_floating("images", images, "B", "C", "height", "width")
+    check_unit_interval("images", images)
+    levels = images.to(torch.promote_types(images.dtype, torch.float32)) * 255
+    if rule == "round":
+        levels = levels.round()
+    elif rule == "round-half-up":
+        levels = levels + 0.5
+    return levels.to(torch.uint8)
 
 
 def image_grid(images: torch.Tensor, columns: int = 8) -> Image.Image:

@@ -1,14 +1,11 @@
 """LPIPS, the learned perceptual distance (Zhang et al., CVPR 2018), on VGG16 features."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from torch import nn
 
-from ..argument_checks import check_floating, check_instance
+from ..argument_checks import check_floating
+from .weights import find_weights, read_weights
 
 VGG16 = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 TAPS = (3, 8, 15, 22, 29)  # the last activation before each pooling layer, and the last activation
@@ -47,7 +44,7 @@ class LPIPS(nn.Module):
             heads: the weights per channel, `lin0.model.1.weight` to `lin4.model.1.weight`, as released with LPIPS.
 
         Both are local files, or `user/repository/file` on the Hub, in the format of safetensors (`.safetensors`) or
-        `torch.save`. Raises `ValueError` for a source that is neither, or that lacks some of the weights.
+        `torch.save`. Raises `ValueError` for a source that is neither, and if weights are missing or of other shapes.
         """
         model = cls()
         state_dict = model.state_dict()
@@ -55,10 +52,8 @@ class LPIPS(nn.Module):
             (vgg, {name: name for name in state_dict if name.startswith("features.")}),
             (heads, {f"heads.{i}.weight": f"lin{i}.model.1.weight" for i in range(len(WIDTHS))}),
         ):
-            weights = load_weights(source)
-            missing = [theirs for theirs in names.values() if theirs not in weights]
-            if missing:
-                raise ValueError(f"{source} lacks {missing[0]} and {len(missing) - 1} more of {len(names)} weights")
+            shapes = {theirs: state_dict[ours].shape for ours, theirs in names.items()}
+            weights = read_weights(find_weights(source), shapes)
             state_dict.update({ours: weights[theirs] for ours, theirs in names.items()})
         model.load_state_dict(state_dict)
         return model
@@ -88,17 +83,3 @@ class LPIPS(nn.Module):
             if i in TAPS:
                 tapped.append(F.normalize(features, dim=1, eps=1e-10))
         return tapped
-
-
-def load_weights(source: str) -> dict[str, torch.Tensor]:
-    """A state dict from a local file or from `user/repository/file` on the Hub."""
-    check_instance("the file of weights", source, str)
-    path = Path(source)
-    if not path.is_file():
-        parts = source.split("/", 2)
-        if len(parts) < 3 or path.is_absolute():
-            raise ValueError(f"{source} is neither a file nor user/repository/file on the Hub")
-        path = Path(hf_hub_download("/".join(parts[:2]), parts[2]))
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)

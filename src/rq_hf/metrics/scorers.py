@@ -51,12 +51,9 @@ class ClassifierScorer:
                 `preprocessor_config.json`.
             kwargs: for `AutoModelForImageClassification.from_pretrained`.
         """
-        # Not AutoImageProcessor, which older releases of transformers leave to torchvision.
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
-        size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
-        size = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+        size, mean, std = image_settings(checkpoint)
         model = AutoModelForImageClassification.from_pretrained(checkpoint, **kwargs)
-        return cls(model, size, settings["image_mean"], settings["image_std"])
+        return cls(model, size, mean, std)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, labels: list[int]) -> torch.Tensor:
@@ -87,6 +84,15 @@ class CLIPScorer:
         text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
         output = self.model(text["input_ids"], pixels.to(self.model.dtype), text["attention_mask"])
         return F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+
+
+def image_settings(checkpoint: str) -> tuple[int, list[float], list[float]]:
+    """Size, mean and deviation of a model's inputs, from the `preprocessor_config.json` of its folder or Hub id."""
+    # Not AutoImageProcessor, which older releases of transformers leave to torchvision.
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
+    size = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    size = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+    return size, settings["image_mean"], settings["image_std"]
 
 
 def normalize(images: torch.Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

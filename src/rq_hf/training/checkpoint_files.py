@@ -14,6 +14,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import load
 from safetensors import safe_open
 
+from ..files import checksum
+
 MANIFEST = "checkpoint.json"
 
 
@@ -63,11 +65,6 @@ def checksums(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         return dict(zip([path.relative_to(folder).as_posix() for path in paths], pool.map(checksum, paths)))
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_contents(checkpoint: Path) -> None:
