@@ -12,6 +12,9 @@ from .scorers import ClassifierScorer, CLIPScorer, clip_score
 from .small_classifier import SmallClassifier
 from .statistics import FeatureStatistics, check_comparable
 
+MODULES = str(Path(__file__).parent / "modules")
+"""Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
+
 __all__ = [
     "CLIPScorer",
     "ClassifierScorer",
