@@ -255,15 +255,16 @@ def main() -> None:
     network = network.to(accelerator.device)
     provenance = data.describe() | network.identity()
     if data.moments is not None:
-        if accelerator.is_main_process:
-            statistics = FeatureStatistics.load(data.moments, **provenance | of_moments)
-            if statistics.moments.num_features != network.num_features:
-                raise ValueError(
-                    f"{data.moments} has {statistics.moments.num_features} features, {network.name} has "
-                    f"{network.num_features}"
-                )
-            statistics.save(args.output_file)
-            print(f"saved the statistics of {of_moments['count']:,} images in {args.output_file}")
+        with failing_together(ValueError):
+            if accelerator.is_main_process:
+                statistics = FeatureStatistics.load(data.moments, **provenance | of_moments)
+                if statistics.moments.num_features != network.num_features:
+                    raise ValueError(
+                        f"{data.moments} has {statistics.moments.num_features} features, {network.name} has "
+                        f"{network.num_features}"
+                    )
+                statistics.save(args.output_file)
+        accelerator.print(f"saved the statistics of {of_moments['count']:,} images in {args.output_file}")
         accelerator.end_training()
         return
 
@@ -287,16 +288,17 @@ def main() -> None:
         keep_features=args.keep_features,
         total=total,
     )
-    if accelerator.is_main_process:
-        if moments.count < 2:
-            raise ValueError(f"expected at least 2 images, got {moments.count} ({skipped} could not be decoded)")
-        provenance |= {"count": moments.count, "uint8_rule": STORED}
-        statistics = FeatureStatistics(moments, provenance, features)
-        statistics.save(args.output_file)
-        print(
-            f"saved the statistics of {moments.count:,} images in {args.output_file} (SHA-256 {statistics.sha256}); "
-            f"{skipped:,} images could not be decoded"
-        )
+    with failing_together(ValueError):
+        if accelerator.is_main_process:
+            if moments.count < 2:
+                raise ValueError(f"expected at least 2 images, got {moments.count} ({skipped} could not be decoded)")
+            provenance |= {"count": moments.count, "uint8_rule": STORED}
+            statistics = FeatureStatistics(moments, provenance, features)
+            statistics.save(args.output_file)
+            print(
+                f"saved the statistics of {moments.count:,} images in {args.output_file} (SHA-256 "
+                f"{statistics.sha256}); {skipped:,} images could not be decoded"
+            )
     accelerator.end_training()
 
 

@@ -45,21 +45,23 @@ def test_the_reference_completes_the_provenance(name):
     FeatureStatistics(moments, provenance | identity | {"count": moments.count})
 
 
-def published(name):
-    """(metric, with rejection sampling) -> value, on the card of a model."""
-    results = ModelCard.load(ROOT / "model_cards" / f"{name}.md").data.eval_results
-    return {(result.metric_type, "rejection" in result.metric_name): result.metric_value for result in results}
+def published(card):
+    """(metric, with rejection sampling) -> the authors' value."""
+    return {
+        (result.metric_type, "rejection" in result.metric_name): result.metric_value
+        for result in ModelCard.load(card).data.eval_results or []
+        if result.source_name == "published by the authors"
+    }
 
 
-def test_the_figures_are_those_of_the_cards():
+def test_the_figures_are_all_that_the_cards_quote():
     found = {}
     for protocol in PROTOCOLS.values():
         for row in protocol.rows:
             for metric, value in row.published.items():
                 found.setdefault(row.model, {})[metric, "acceptance_rate" in protocol.settings] = value
-    assert found == {name: published(name) for name in found}
-    cards = {path.stem for path in (ROOT / "model_cards").glob("*.md")}
-    assert cards - found.keys() == {"cifar10-small", "emoji", "emoji-mar"} & cards
+    cards = {path.stem: published(path) for path in (ROOT / "model_cards").glob("*.md")}
+    assert found == {name: figures for name, figures in cards.items() if figures}
 
 
 def test_other_names_are_refused():
