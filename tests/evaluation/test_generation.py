@@ -89,7 +89,8 @@ class TestPlan:
             ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
             ({"uint8_rule": "ceil"}, "uint8_rule must be one of"),
             ({"conditions": []}, "conditions must be at least one, or None"),
-            ({"conditions": None, "cond_ids": torch.zeros(2, L).long()}, r"one per condition \(0\), got 2"),
+            ({"conditions": None, "cond_ids": torch.zeros(2, L).long()}, "cond_ids go with conditions"),
+            ({"cond_ids": torch.zeros(2, L).long()}, r"cond_ids must have the shape \(4, L\), got \(2, 5\)"),
             ({"seed": -1}, "seed must lie in"),
             ({"seed": 2**32 - NUM_IMAGES + 1}, "seeds must lie in .*4294967276 and the 20 after it"),
         ],
@@ -97,6 +98,10 @@ class TestPlan:
     def test_refuses_bad_values(self, options, message):
         with pytest.raises(ValueError, match=message):
             plan_of(**options)
+
+    def test_refuses_conditions_of_two_kinds(self):
+        with pytest.raises(TypeError, match="conditions must be strings or integers, got"):
+            plan_of(conditions=[0, "red apple"])
 
     def test_refuses_more_repeats_than_there_are_seeds(self):
         plan = plan_of(seed=2**32 - NUM_IMAGES)

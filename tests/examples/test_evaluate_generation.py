@@ -344,7 +344,7 @@ def classified(pipelines):
 
 class TestClassifier:
     def test_accuracy_and_rejection_sampling(self, classified, tmp_path):
-        finish(tmp_path / "all", *options)
+        finish(tmp_path / "all", *classified)
         finish(tmp_path / "best", *classified, "--acceptance_rate", 0.25, "--scorer", SMALL_CLASSIFIER)
         network = load_feature_network(SMALL_CLASSIFIER)
         means = []

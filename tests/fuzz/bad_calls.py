@@ -34,7 +34,7 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
-from rq_hf.evaluation import Report
+from rq_hf.evaluation import Report, captions, generation
 from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.models import continuous_latents
 from rq_hf.models.mar_transformer.denoising import default_scheduler
@@ -124,7 +124,9 @@ NAMES |= vars(tiny) | {
     "lpips": lambda: shared(metrics.LPIPS),
     "classifier": lambda: shared(metrics.SmallClassifier),
     "meter": lambda: shared(reconstruction_meter),
+    "captions": captions,
     "figure": figure,
+    "generation": generation,
     "statistics": statistics,
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
@@ -1295,6 +1297,38 @@ METRICS = [
         },
         {"value": "psnr"},
         probe=lambda figure: [figure.metric, figure.value, figure.n, figure.std],
+        **anywhere,
+    ),
+    Target(
+        "generation.GenerationPlan",
+        {"num_images": "6", "conditions": "[0, 1, 2]", "seed": "0", "num_candidates": "1", "shard_size": "4"},
+        {
+            "num_images": integer(1),
+            "conditions": anything(
+                "None; ['a', 'b']; ('a',); [np.int64(1)]; ['a', 1]; [0.5]; 'abc'; []; [True]",
+                lambda value: (
+                    value is None
+                    or (isinstance(value, list | tuple) and len(value) > 0 and len({type(v) for v in value}) == 1)
+                    and isinstance(value[0], str | int | np.integer)
+                    and not isinstance(value[0], bool)
+                ),
+            ),
+            "seed": integer(0, 2**32 - 6),
+            "num_candidates": integer(1),
+            "shard_size": integer(1),
+        },
+        probe=lambda plan: plan.description(),
+        **anywhere,
+    ),
+    Target(
+        "captions.choose_captions",
+        {"captions": "['a', 'b', 'c']", "count": "2", "seed": "0"},
+        {
+            "captions": anything("('a', 'b'); ['a']; []; 'abc'", lambda value: isinstance(value, list | tuple)),
+            "count": integer(1, 3),
+            "seed": optional(integer(0, 2**32 - 1)),
+        },
+        probe=lambda chosen: len(chosen),
         **anywhere,
     ),
     Target(

@@ -23,13 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..argument_checks import (
+    as_plain,
     check_choice,
     check_finite,
     check_instance,
+    check_int64,
     check_integer,
     check_items,
     check_number,
     check_size,
+    is_integer,
 )
 from ..files import atomic_file, checksum
 from ..images import UINT8_RULES, to_uint8
@@ -100,13 +103,17 @@ class GenerationPlan:
         for name in ("num_images", "num_candidates", "shard_size"):
             check_size(name, getattr(self, name))
         check_choice("uint8_rule", self.uint8_rule, UINT8_RULES)
+        check_instance("settings", self.settings, dict)
         if self.conditions is not None:
             check_items("conditions", self.conditions)
             if not self.conditions:
                 raise ValueError("conditions must be at least one, or None for an unconditional model, got none")
-        if self.cond_ids is not None and (self.conditions is None or len(self.cond_ids) != len(self.conditions)):
-            count = 0 if self.conditions is None else len(self.conditions)
-            raise ValueError(f"cond_ids must be one per condition ({count}), got {len(self.cond_ids)}")
+            if not (all(isinstance(c, str) for c in self.conditions) or all(map(is_integer, self.conditions))):
+                raise TypeError(f"conditions must be strings or integers, got {self.conditions!r:.80}")
+        if self.cond_ids is not None:
+            if self.conditions is None:
+                raise ValueError("cond_ids go with conditions, got cond_ids alone")
+            check_int64("cond_ids", self.cond_ids, len(self.conditions), "L")
         self.check_seeds(1)
 
     def check_seeds(self, repeats: int) -> None:
@@ -154,22 +161,21 @@ class GenerationPlan:
 
     def description(self) -> dict:
         """The plan as JSON can hold it, with a digest of the conditions."""
-        if self.conditions is None:
-            conditions = None
-        else:
-            ids = None if self.cond_ids is None else self.cond_ids.tolist()
+        conditions = None
+        if self.conditions is not None:
+            contents = [as_plain(list(self.conditions)), None if self.cond_ids is None else self.cond_ids.tolist()]
             conditions = {
                 "kind": "prompts" if isinstance(self.conditions[0], str) else "class labels",
                 "count": len(self.conditions),
                 "distinct": len(set(self.conditions)),
-                "sha256": hashlib.sha256(json.dumps([list(self.conditions), ids]).encode()).hexdigest(),
+                "sha256": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             }
         return {
-            "num_images": self.num_images,
+            "num_images": int(self.num_images),
             "conditions": conditions,
-            "seed": self.seed,
-            "num_candidates": self.num_candidates,
-            "shard_size": self.shard_size,
+            "seed": int(self.seed),
+            "num_candidates": int(self.num_candidates),
+            "shard_size": int(self.shard_size),
             "uint8_rule": self.uint8_rule,
             **self.settings,
         }
