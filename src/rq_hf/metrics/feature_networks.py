@@ -36,6 +36,7 @@ from ..argument_checks import (
     check_size,
     check_source,
     check_unit_interval,
+    check_values,
 )
 from ..files import checksum
 from .inception import SIDE, FIDInception
@@ -159,6 +160,7 @@ class FeatureNetwork:
 
     def check_images(self, images: torch.Tensor) -> None:
         check_dense("images", images)
+        check_values("images", images)
         check_shape("images", images, "B", 3, "height", "width")
         if self.takes_floats and images.is_floating_point():
             check_unit_interval("images", images)
@@ -258,7 +260,7 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
     if network in INCEPTION_INPUTS:
         return load_inception(network, weights, INCEPTION_SHA256 if sha256 is None else sha256)
     if weights is not None:
-        raise ValueError(f"weights are named for {', '.join(INCEPTION_INPUTS)} only, got {weights!r} for {network}")
+        raise ValueError(f"network must be one of {list(INCEPTION_INPUTS)} to have a file of weights, got {network!r}")
     return load_transformers_model(network, sha256)
 
 
@@ -280,10 +282,13 @@ def load_inception(protocol: str, weights: str | None, sha256: str) -> FeatureNe
 
 def load_transformers_model(source: str, sha256: str | None) -> FeatureNetwork:
     check_source("network", source)
-    kind = AutoConfig.from_pretrained(source).model_type
+    accepted = f"one of {list(INCEPTION_INPUTS)} or a model of one of {list(EMBEDDINGS)}"
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+    except OSError as error:
+        raise OSError(f"network must be {accepted}; {source} cannot be read: {error}") from error
     if kind not in EMBEDDINGS:
-        accepted = ", ".join([*INCEPTION_INPUTS, *(f"a model of {kind}" for kind in EMBEDDINGS)])
-        raise ValueError(f"network must be one of {accepted}; {source} is a model of {kind}")
+        raise ValueError(f"network must be {accepted}; {source} is a model of {kind}")
     size, mean, std = image_settings(source)
     path = find_model_file(source)
     found = check_hash(path, sha256)
