@@ -152,11 +152,12 @@ class FeatureNetwork:
         device = self.device
         with full_precision(device):
             output = self.extract(self.prepare(images.to(device)).to(device))
-        output = NetworkOutput(output) if isinstance(output, torch.Tensor) else NetworkOutput(*output)
-        check_floating(f"the features of {self.name}", output.features, len(images), "F")
-        if output.logits is not None:
-            check_floating(f"the logits of {self.name}", output.logits, len(images), "classes")
-        return output
+        found = (output,) if isinstance(output, torch.Tensor) else output
+        if not isinstance(found, tuple) or len(found) not in (1, 2):
+            raise TypeError(f"{self.name} must give out features, or features and logits, got {output!r:.80}")
+        for kind, values in zip(("features", "logits"), found):
+            check_floating(f"the {kind} of {self.name}", values, len(images), kind)
+        return NetworkOutput(*(values.float() for values in found))
 
     def check_images(self, images: torch.Tensor) -> None:
         check_dense("images", images)
@@ -200,8 +201,8 @@ def resize_like_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
     Bilinear resizing by `tf.image.resize_bilinear` of TensorFlow 1, `(B, C, height, width)` -> `(B, C, size, size)`.
 
-    Pixel i of the output lies at i·n/size of the n pixels of the input, not at (i + ½)·n/size − ½: the image is moved
-    to the upper left by up to half a pixel.
+    Pixel i of the output lies at i·n/size of the n pixels of the input, not at (i + ½)·n/size − ½: an enlarged image
+    is moved to the upper left by up to half a pixel of the input.
     """
     for dim in (3, 2):
         length = images.shape[dim]
@@ -256,7 +257,7 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
     """
     check_instance("network", network, str)
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise ValueError(f"sha256 must have 64 hexadecimal digits, got {sha256!r:.80}")
+        raise ValueError(f"sha256 must have 64 hexadecimal digits in lower case, got {sha256!r:.80}")
     if network in INCEPTION_INPUTS:
         return load_inception(network, weights, INCEPTION_SHA256 if sha256 is None else sha256)
     if weights is not None:
