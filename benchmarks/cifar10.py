@@ -1,13 +1,11 @@
-"""What the benchmarks on CIFAR-10 share: the data, a training loop, the RQ-VAE, and features for Fréchet distances."""
+"""What the benchmarks on CIFAR-10 share: the data, a training loop and the RQ-VAE."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import load_dataset
 from torch import nn
 
@@ -84,46 +82,3 @@ def create_rqvae(**overrides) -> RQVAEModel:
         sample_size=32,
         **overrides,
     )
-
-
-class FeatureNetwork(nn.Module):
-    """Pixels `(B, 3, 32, 32)` in [-1, 1] -> 128 pooled features -> logits of ten classes."""
-
-    def __init__(self):
-        super().__init__()
-        widths = (3, 32, 64, 128, 128)
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, stride=1 + (i > 0), padding=1), nn.BatchNorm2d(b), nn.ReLU())
-                for i, (a, b) in enumerate(zip(widths, widths[1:]))
-            )
-        )
-        self.classifier = nn.Linear(widths[-1], 10)
-
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.blocks(pixels).mean(dim=(2, 3))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(pixels))
-
-
-def feature_network(path: Path, train, validation) -> FeatureNetwork:
-    """The trained network; trains it on the first call."""
-    network = FeatureNetwork()
-    if path.exists():
-        network.load_state_dict(torch.load(path, weights_only=True))
-        return network.eval()
-    torch.manual_seed(0)
-    fit(
-        network,
-        lambda model, x, y: F.cross_entropy(model(x).float(), y),
-        *train,
-        epochs=8,
-        batch_size=128,
-        learning_rate=2e-3,
-    )
-    images, labels = validation
-    correct = sum((network(x / 127.5 - 1).argmax(-1) == y).sum() for x, y in zip(images.split(500), labels.split(500)))
-    print(f"feature network: validation accuracy {correct / len(labels):.1%}", flush=True)
-    torch.save(network.state_dict(), path)
-    return network

@@ -7,33 +7,28 @@ What are soft labels and stochastic codes worth? The ablation of section 3.2.3 o
 
 Class-conditional RQ-Transformers on the 8×8×4 codes of the RQ-VAE `D=4 K=512`, equal but for their targets: the
 nearest code; soft labels softmax(−‖r − e‖²/τ) along the nearest codes; soft labels along codes sampled from them.
-Equal steps, the same seed. Reported are, on 10,000 held-out images, the negative log-likelihood of their nearest codes
-in nats per code, and the Fréchet distance (features as in `rate_distortion.py`) of 5,000 generated images, 500 of each
-class, with and without classifier-free guidance. Every finished run leaves a folder with its results and is not
-repeated.
+Equal steps, the same seed. Reported is, on 10,000 held-out images, the negative log-likelihood of their nearest codes
+in nats per code. Every finished run leaves a pipeline with its results, `results.json`, and is not repeated; the
+Fréchet distance of generated images is that of `examples/evaluate_generation.py`, see `docs/rate-distortion.md`.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cifar10 import feature_network, fit, load_pixels
+from cifar10 import fit, load_pixels
 
 from rq_hf import RQPipeline, RQTransformerModel, RQVAEModel
-from rq_hf.images import image_grid
-from rq_hf.metrics import frechet_distance
 from rq_hf.training import RQTransformerLoss, create_transformer
+from rq_hf.training.pipelines import validation_losses
 
 RUNS = {  # name: (soft labels, codes sampled from them)
     "hard labels": (False, False),
     "soft labels": (True, False),
     "soft labels, stochastic codes": (True, True),
 }
-GUIDANCE_SCALES = (1.0, 1.5, 2.0)
 CLASSES = 10
-SAMPLES = 5000
 
 
 def create_model(vae: RQVAEModel) -> RQTransformerModel:
@@ -48,38 +43,6 @@ def create_model(vae: RQVAEModel) -> RQTransformerModel:
     )
     model.set_attn_implementation("eager")  # the fastest in bf16 on a CPU for maps this short
     return model
-
-
-def create_loss(vae: RQVAEModel, temperature: float | None, stochastic: bool) -> Callable:
-    """(model, pixels, classes) -> loss; soft labels with a temperature, hard ones without."""
-    compute_loss = RQTransformerLoss(
-        vae, null_cond_id=CLASSES, soft_label_temperature=temperature, stochastic_codes=stochastic
-    )
-    return lambda model, pixels, classes: compute_loss(model, {"pixels": pixels, "cond_ids": classes[:, None]}).loss
-
-
-@torch.no_grad()
-def evaluate(pipe: RQPipeline, network, images, labels, folder: Path) -> dict:
-    vae, model = pipe.vae, pipe.transformer
-    losses, real = 0, []
-    for pixels, classes in zip(images.split(500), labels.split(500)):
-        pixels = pixels.float() / 127.5 - 1
-        codes = vae.get_codes(pixels)
-        losses = losses + model(codes, classes, labels=codes, return_logits=False).depth_losses * len(pixels)
-        real.append(network.features(pixels))
-    results = {"nll_per_depth": (losses / len(images)).tolist(), "frechet_distance": {}}
-    results["nll"] = sum(results["nll_per_depth"]) / len(results["nll_per_depth"])
-    pipe.compile()
-    classes = torch.arange(CLASSES).repeat(SAMPLES // CLASSES)
-    for scale in GUIDANCE_SCALES:
-        generator, samples = torch.Generator().manual_seed(0), []
-        for cond_ids in classes.split(500):
-            codes = model.generate(cond_ids, guidance_scale=scale, generator=generator)
-            samples.append(vae.decode_codes(codes).sample.clamp(-1, 1))
-        image_grid(samples[0][:100] / 2 + 0.5, columns=CLASSES).save(folder / f"guidance-{scale}.png")
-        distance = frechet_distance(torch.cat(real), torch.cat([network.features(pixels) for pixels in samples]))
-        results["frechet_distance"][str(scale)] = distance
-    return results
 
 
 def main() -> None:
@@ -97,21 +60,38 @@ def main() -> None:
     args = parser.parse_args()
 
     train, validation = load_pixels(args.data_files)
-    network = feature_network(args.stage1 / "features.pt", train, validation)
+    held_out = [
+        {"pixels": pixels.float() / 127.5 - 1, "cond_ids": classes[:, None]}
+        for pixels, classes in zip(*(tensor.split(500) for tensor in validation))
+    ]
     vae = RQVAEModel.from_pretrained(args.stage1 / "D=4-K=512").eval()
     for name in args.runs:
         soft, stochastic = RUNS[name]
         folder = args.output_dir / name.replace(", ", "-").replace(" ", "-")
         if not (folder / "results.json").exists():
             print(name, flush=True)
+            loss = RQTransformerLoss(
+                vae,
+                null_cond_id=CLASSES,
+                soft_label_temperature=args.temperature if soft else None,
+                stochastic_codes=stochastic,
+            )
             if not folder.exists():
                 torch.manual_seed(0)
                 model = create_model(vae)
-                compute_loss = create_loss(vae, args.temperature if soft else None, stochastic)
-                fit(model, compute_loss, *train, args.epochs, args.batch_size, args.learning_rate)
+                fit(
+                    model,
+                    lambda model, x, y, loss=loss: loss(model, {"pixels": x, "cond_ids": y[:, None]}).loss,
+                    *train,
+                    args.epochs,
+                    args.batch_size,
+                    args.learning_rate,
+                )
                 RQPipeline(vae, model).save_pretrained(folder)
+            model = RQPipeline.from_pretrained(folder).transformer
             results = {"name": name, "temperature": args.temperature, "epochs": args.epochs}
-            results |= evaluate(RQPipeline.from_pretrained(folder), network, *validation, folder)
+            with torch.no_grad():
+                results |= validation_losses(loss, model, held_out)
             (folder / "results.json").write_text(json.dumps(results, indent=2))
         print(json.loads((folder / "results.json").read_text()), flush=True)
 

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 
 from rq_hf import MARPipeline
 from rq_hf.data import ImageCollator, load_image_dataset
-from rq_hf.metrics import frechet_distance
+from rq_hf.metrics import FeatureMoments, frechet_distance
 
 # Below, the first steps of a cosine schedule are all noise.
 CLIPPED = {"variance_type": None, "lambda_min_clipped": -5.1}
@@ -89,7 +89,7 @@ def main() -> None:
     pipe.compile()
     own_scheduler = pipe.scheduler
     images, conditions = load(pipe, args.data_files, args.text_column, args.label_column)
-    real, reference = features(pipe, images), None
+    real, reference = FeatureMoments.of(features(pipe, images)), None
     call = {"guidance_scale": args.guidance_scale, "num_iterations": args.num_iterations}
     print("| setting | tokens × steps | s/image | Fréchet distance | relative |\n" + "|---" * 5 + "|")
     for name in args.settings:
@@ -101,7 +101,7 @@ def main() -> None:
             rows = torch.randint(len(conditions), (args.samples,), generator=generator).tolist()
             drawn = [conditions[row] for row in rows]
             sampled, took, count = sample(pipe, drawn, seed, num_inference_steps=steps, **call)
-            distances.append(frechet_distance(real, features(pipe, sampled)))
+            distances.append(frechet_distance(real, FeatureMoments.of(features(pipe, sampled))))
             seconds.append(took)
             tokens.append(count)
         distance, spread = torch.tensor(distances).mean().item(), torch.tensor(distances).std().item()

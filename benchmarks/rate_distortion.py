@@ -8,9 +8,8 @@ with ever more codewords; D = 4 with a codebook per depth; and D = 4 with quanti
 are decoded as well. The last 10,000 images are for validation. Every finished run leaves a folder with its
 results and is not repeated.
 
-Distortion is PSNR, and the Fréchet distance between features of the images and of their reconstructions: the 128
-pooled features of a small convolutional network, trained here to classify the ten classes. The plot needs matplotlib
-(`pip install 'rq_hf[benchmarks]'`).
+Distortion is PSNR, and the Fréchet distance (cifar10-small) between the images and their reconstructions, as by
+`examples/evaluate_reconstruction.py --all_depths`. The plot needs matplotlib (`pip install 'rq_hf[benchmarks]'`).
 """
 
 import argparse
@@ -20,10 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cifar10 import FeatureNetwork, create_rqvae, feature_network, fit, load_pixels
+from cifar10 import create_rqvae, fit, load_pixels
 
 from rq_hf import RQVAEModel
-from rq_hf.metrics import codebook_usage, count_codes, frechet_distance, psnr
+from rq_hf.evaluation.reconstruction import ReconstructionMeter
+from rq_hf.metrics.feature_networks import FeatureNetwork, load_feature_network
 
 RUNS = {  # name: arguments of the model
     "D=1 K=512": {"depth": 1, "codebook_size": 512},
@@ -42,26 +42,18 @@ def rqvae_loss(model: RQVAEModel, pixels: torch.Tensor, _) -> torch.Tensor:
     return F.mse_loss(output.sample.float(), pixels) + 0.25 * output.commitment_loss
 
 
-@torch.no_grad()
 def evaluate(model: RQVAEModel, network: FeatureNetwork, images: torch.Tensor) -> dict:
     """PSNR and Fréchet distance of the reconstructions from the first d codes, and usage, of every depth."""
-    depths = range(1, model.config.depth + 1)
-    quality, features, real, counts = {d: [] for d in depths}, {d: [] for d in depths}, [], 0
-    for pixels in images.split(500):
-        pixels = pixels.float() / 127.5 - 1
-        codes = model.get_codes(pixels)
-        counts = counts + count_codes(codes, model.config.codebook_size)
-        real.append(network.features(pixels))
-        for d in depths:
-            sample = model.decode_codes(codes, depth=d).sample.clamp(-1, 1)
-            quality[d].append(psnr(pixels, sample))
-            features[d].append(network.features(sample))
-    codebook = codebook_usage(counts)
+    meter = ReconstructionMeter(model, network, depths=range(1, model.config.depth + 1))
+    for batch in images.split(500):
+        meter.add(meter.measure(batch.float() / 127.5 - 1))
+    result = meter.result()
     return {
-        "psnr": [torch.cat(quality[d]).mean().item() for d in depths],
-        "frechet_distance": [frechet_distance(torch.cat(real), torch.cat(features[d])) for d in depths],
-        "usage": codebook["usage"].tolist(),
-        "perplexity": codebook["perplexity"].tolist(),
+        "network": network.identity(),
+        "psnr": [quality["psnr"] for quality in result["depths"].values()],
+        "frechet_distance": [quality["frechet_distance"] for quality in result["depths"].values()],
+        "usage": result["usage"],
+        "perplexity": result["perplexity"],
     }
 
 
@@ -85,7 +77,7 @@ def plot(results: list[dict], positions: int, path: Path) -> None:
         axis.set_xlabel("bits per image")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("PSNR (dB)")
-    axes[1].set_ylabel("Fréchet distance")
+    axes[1].set_ylabel("Fréchet distance (cifar10-small)")
     axes[0].legend()
     figure.savefig(path, dpi=120)
 
@@ -103,7 +95,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     train, validation = load_pixels(args.data_files)
-    network = feature_network(args.output_dir / "features.pt", train, validation)
+    network = load_feature_network("cifar10-small")
     finished = []
     for name in args.runs:
         overrides = RUNS[name]

@@ -16,25 +16,24 @@ import json
 import math
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
 
 from rq_hf import EMOJI_MODEL, RQPipeline, RQVAEModel
+from rq_hf.data import ImageCollator, load_image_dataset
+from rq_hf.evaluation.retrieval import retrieval_ranks
 from rq_hf.text import encode_captions, train_tokenizer
 from rq_hf.training import EMA, RQTransformerLoss, choose_soft_label_temperature, create_transformer
 from rq_hf.training.pipelines import validation_losses
 
-TEXT_LENGTH, BATCH_SIZE, WARMUP_STEPS = 24, 32, 100
+RESOLUTION, TEXT_LENGTH, BATCH_SIZE, WARMUP_STEPS = 32, 24, 32, 100
 TEMPERATURE = 0.2
 EVALUATED = 150  # training captions
 
 
 def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
     """Captions and pixels `(N, 3, 32, 32)` in [-1, 1] of a parquet file."""
-    data = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in data["image"]])
-    return list(data["text"]), torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    dataset = load_image_dataset(data_files=str(path), required_columns=("text",))
+    return list(dataset["text"]), ImageCollator("image", RESOLUTION)(list(dataset))["pixels"]
 
 
 def fit(model: torch.nn.Module, compute_loss: RQTransformerLoss, batch: dict[str, torch.Tensor], steps: int) -> None:
@@ -65,14 +64,8 @@ def retrieval(
     pipe: RQPipeline, captions: list[str], pixels: torch.Tensor, candidates: torch.Tensor
 ) -> dict[str, float]:
     """Share of captions whose own image is the nearest of all to the sampled one, and among the nearest five."""
-    generator, ranks = torch.Generator().manual_seed(0), []
-    for start in range(0, len(captions), 50):
-        rows = slice(start, start + 50)
-        sampled = pipe(captions[rows], generator=generator, temperature=TEMPERATURE, output_type="pt").images * 2 - 1
-        distances = torch.cdist(sampled.flatten(1), candidates.flatten(1))
-        own = torch.linalg.vector_norm((sampled - pixels[rows]).flatten(1), dim=1, keepdim=True)
-        ranks.append(1 + (distances < own * (1 - 1e-4)).sum(dim=1))
-    ranks = torch.cat(ranks)
+    images, candidates = pixels / 2 + 0.5, candidates / 2 + 0.5
+    ranks = retrieval_ranks(pipe, captions, images, candidates, batch_size=50, temperature=TEMPERATURE)
     return {f"top_{k}": (ranks <= k).float().mean().item() for k in (1, 5)}
 
 
@@ -89,7 +82,7 @@ def main() -> None:
     vae = RQVAEModel.from_pretrained(EMOJI_MODEL, subfolder="vae")
     captions, pixels = load_split(args.data / "train.parquet")
     held_captions, held_pixels = load_split(args.data / "held_out.parquet")
-    vae.register_to_config(sample_size=pixels.shape[-1])
+    vae.register_to_config(sample_size=RESOLUTION)
     tokenizer = train_tokenizer(captions, 1024, TEXT_LENGTH)
 
     @torch.no_grad()

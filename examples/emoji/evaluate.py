@@ -13,53 +13,29 @@ import argparse
 import json
 from pathlib import Path
 
-import datasets
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from rq_hf import EMOJI_MODEL, MARPipeline, RQPipeline
-from rq_hf.metrics import codebook_usage, count_codes, psnr
+from rq_hf.data import ImageCollator, load_image_dataset
+from rq_hf.evaluation.reconstruction import ReconstructionMeter
+from rq_hf.evaluation.retrieval import retrieval_ranks
 
 
-def load_split(path: Path) -> tuple[list[str], torch.Tensor]:
-    """Captions and images `(N, 3, 64, 64)` in [0, 1] of a parquet file."""
-    data = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    pixels = np.stack([np.asarray(image.convert("RGB")) for image in data["image"]])
-    return list(data["text"]), torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+def load_split(path: Path, resolution: int) -> tuple[list[str], torch.Tensor]:
+    """Captions and images `(N, 3, resolution, resolution)` in [0, 1] of a parquet file."""
+    dataset = load_image_dataset(data_files=str(path), required_columns=("text",))
+    return list(dataset["text"]), ImageCollator("image", resolution)(list(dataset))["pixels"] / 2 + 0.5
 
 
-def reconstruction(pipe: RQPipeline | MARPipeline, images: torch.Tensor) -> float:
-    """Mean PSNR in dB."""
-    quality = [psnr(batch * 2 - 1, pipe.reconstruct(batch, output_type="pt") * 2 - 1) for batch in images.split(64)]
-    return torch.cat(quality).mean().item()
-
-
-def usage(pipe: RQPipeline, images: torch.Tensor) -> dict[str, list[float]]:
-    """Usage and perplexity of the codebook at each depth."""
-    counts = sum(count_codes(pipe.encode_image(batch), pipe.vae.config.codebook_size) for batch in images.split(64))
-    return {f"{name}_per_depth": value.tolist() for name, value in codebook_usage(counts).items()}
-
-
-def retrieval_ranks(
-    pipe: RQPipeline | MARPipeline,
-    captions: list[str],
-    expected: torch.Tensor,
-    candidates: torch.Tensor,
-    seed: int,
-    **sampling,
-) -> torch.Tensor:
-    """Ranks `(len(captions),)` from 1 of the expected images among the candidates, by distance to the sampled ones."""
-    generator = torch.Generator().manual_seed(seed)
-    ranks = []
-    for start in range(0, len(captions), 64):
-        rows = slice(start, start + 64)
-        sampled = pipe(captions[rows], generator=generator, output_type="pt", **sampling).images
-        distances = torch.cdist(sampled.flatten(1), candidates.flatten(1))
-        expected_distance = torch.linalg.vector_norm((sampled - expected[rows]).flatten(1), dim=1)
-        # With a tolerance, because cdist and vector_norm round differently.
-        ranks.append(1 + (distances < expected_distance[:, None] * (1 - 1e-4)).sum(dim=1))
-    return torch.cat(ranks)
+def reconstruction(pipe: RQPipeline | MARPipeline, images: torch.Tensor) -> dict:
+    """Means of `psnr` in dB and `ssim`, and of an RQ-VAE, `usage` and `perplexity` at each depth."""
+    meter = ReconstructionMeter(pipe.vae)
+    for batch in images.split(64):
+        meter.add(meter.measure(batch * 2 - 1))
+    result = meter.result()
+    (quality,) = result["depths"].values()
+    return quality | {name: result[name] for name in ("usage", "perplexity") if name in result}
 
 
 def main() -> None:
@@ -86,22 +62,22 @@ def main() -> None:
 
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    train_captions, train_images = load_split(args.data / "train.parquet")
-    held_captions, held_images = load_split(args.data / "held_out.parquet")
+    train_captions, train_images = load_split(args.data / "train.parquet", pipe.vae.config.sample_size)
+    held_captions, held_images = load_split(args.data / "held_out.parquet", pipe.vae.config.sample_size)
     candidates = torch.cat([train_images, held_images])
 
     chosen = torch.randperm(len(train_captions), generator=torch.Generator().manual_seed(args.seed))[: args.captions]
     train_ranks = retrieval_ranks(
-        pipe, [train_captions[i] for i in chosen], train_images[chosen], candidates, args.seed, **sampling
+        pipe, [train_captions[i] for i in chosen], train_images[chosen], candidates, seed=args.seed, **sampling
     )
-    held_ranks = retrieval_ranks(pipe, held_captions, held_images, candidates, args.seed, **sampling)
+    held_ranks = retrieval_ranks(pipe, held_captions, held_images, candidates, seed=args.seed, **sampling)
+    reconstructions = {"train": reconstruction(pipe, train_images), "held_out": reconstruction(pipe, held_images)}
 
     figures = {
         "sampling": sampling,
         "seed": args.seed,
-        "psnr_train": reconstruction(pipe, train_images),
-        "psnr_held_out": reconstruction(pipe, held_images),
-        **(usage(pipe, train_images) if isinstance(pipe, RQPipeline) else {}),
+        **{f"{name}_{split}": result[name] for split, result in reconstructions.items() for name in ("psnr", "ssim")},
+        **{f"{n}_per_depth": v for n, v in reconstructions["train"].items() if n in ("usage", "perplexity")},
         "candidates": len(candidates),
         "train_captions": len(train_ranks),
         "train_top1": (train_ranks <= 1).float().mean().item(),

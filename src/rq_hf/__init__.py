@@ -28,7 +28,11 @@ EMOJI_MODEL = str(Path(__file__).parent / "emoji_model")
 MAR_EMOJI_MODEL = str(Path(__file__).parent / "mar_emoji_model")
 """Folder of the one of the other method, a [`MARPipeline`]."""
 
+CIFAR10_CLASSIFIER = str(Path(__file__).parent / "cifar10_classifier")
+"""Folder of the classifier of CIFAR-10 that comes with the package, a [`~rq_hf.metrics.SmallClassifier`]."""
+
 __all__ = [
+    "CIFAR10_CLASSIFIER",
     "EMOJI_MODEL",
     "MAR_EMOJI_MODEL",
     "MARHeadConfig",

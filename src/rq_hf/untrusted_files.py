@@ -3,15 +3,19 @@
 Messages quote such a file by [`shown`] and [`one_line`]: names in it may hold control characters of terminals.
 """
 
+import math
 import os
 import pickle
 import re
 import reprlib
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 import torch
 import yaml
 
@@ -143,3 +147,63 @@ def read_yaml(path: str | Path, label: str) -> dict:
     if not isinstance(options, dict):
         raise ValueError(f"{label} must hold named options, got {type(options).__name__}")
     return options
+
+
+class NumpyArchive:
+    """
+    The arrays in a file of `numpy.savez`, none of which is read before it is asked for.
+
+    `headers` are their shapes and types. Raises `ValueError`, which names the file, for one of another kind and for
+    arrays that are not as long as their headers say or that hold Python objects; `read` and `read_in_parts` raise it
+    for damaged ones.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = path
+        check_contents_are_there(path, str(path))
+        with self.naming_the_file(), zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+            self.headers = {e.filename.removesuffix(".npy"): read_header(archive, e) for e in entries}
+
+    @contextmanager
+    def naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a broken archive can raise anything
+            raise ValueError(f"{self.path} is not a whole file of numpy.savez: {one_line(error)}") from error
+
+    def read(self, name: str) -> np.ndarray:
+        with self.naming_the_file(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            file.read()  # up to the checksum
+            return array
+
+    def read_in_parts(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The array in parts of so many rows; the last one may have fewer."""
+        (length, *sizes), dtype = self.headers[name]
+        with self.naming_the_file(), zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
+            if read_array_header(file)[1]:
+                raise ValueError(f"{name} is stored by columns; save it again in C order")
+            for start in range(0, length, rows):
+                count = min(rows, length - start)
+                part = file.read(count * math.prod(sizes) * dtype.itemsize)
+                yield np.frombuffer(part, dtype).reshape(count, *sizes)
+
+
+def read_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array of a [`NumpyArchive`]."""
+    with archive.open(entry) as file:
+        shape, _, dtype = read_array_header(file)
+        found = entry.file_size - file.tell()
+    if dtype.hasobject:
+        raise zipfile.BadZipFile(f"{shown(entry.filename)} holds Python objects")
+    if found != math.prod(shape) * dtype.itemsize:
+        raise zipfile.BadZipFile(f"{shown(entry.filename)} of shape {shown(shape)} has {found:,} bytes")
+    return shape, dtype
+
+
+def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape of an array of NumPy, whether it is stored by columns, and its type; the file is then at its values."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

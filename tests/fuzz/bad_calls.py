@@ -35,6 +35,8 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
+from rq_hf.evaluation import Report, captions, generation
+from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.models import continuous_latents
 from rq_hf.models.mar_transformer.denoising import default_scheduler
 
@@ -61,6 +63,33 @@ def bytes_of_images():
 
 def flat_network():
     return metrics.FeatureNetwork.from_module(torch.nn.Flatten(), "own", 4, [0.5] * 3, [0.5] * 3)
+
+
+def reconstruction_meter():
+    return ReconstructionMeter(tiny.tiny_vae())
+
+
+def figure(metric, value, n, std):
+    """A new report's only figure."""
+    report = Report(
+        model="model",
+        weights={"model.safetensors": "a" * 64},
+        dataset="shapes",
+        split="train",
+        transform="none",
+        uint8_rule="round",
+        sampler={},
+        seeds=[],
+    )
+    report.add(metric, value, n, std=std)
+    return report.figures[0]
+
+
+def statistics(dataset, count, network_sha256, uint8_rule):
+    identity = {"network": "tiny", "protocol": "8×8", "network_sha256": network_sha256}
+    provenance = {"dataset": dataset, "split": "train", "transform": "none", "count": count, "uint8_rule": uint8_rule}
+    moments = metrics.FeatureMoments.of(torch.arange(12.0).view(6, 2))
+    return metrics.FeatureStatistics(moments, provenance | identity)
 
 
 @functools.cache
@@ -104,6 +133,12 @@ NAMES |= vars(tiny) | {
     "lpips": lambda: shared(metrics.LPIPS),
     "network": lambda: shared(flat_network),
     "bytes_of_images": lambda: bytes_of_images(),
+    "classifier": lambda: shared(metrics.SmallClassifier),
+    "meter": lambda: shared(reconstruction_meter),
+    "captions": captions,
+    "figure": figure,
+    "generation": generation,
+    "statistics": statistics,
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
 }
@@ -1099,6 +1134,38 @@ def of_two(*shape):
 
 pictures = {"pixels": "tiny_pixels(2, 16, 16)", "other_pixels": "tiny_pixels(2, 16, 16)"}
 anywhere = {"is_right": lambda result: True}
+
+
+def rows(columns=None, smallest=None):
+    """Features, finite; of the sets that are compared, at least two."""
+    at_least = smallest or (2 if columns else 1)
+    return tensor(
+        lambda x: (
+            x.ndim == 2
+            and len(x) >= at_least
+            and x.shape[1] > 0
+            and columns in (None, x.shape[1])
+            and bool(x.isfinite().all())
+        )
+    )
+
+
+def without_nan(*shape):
+    return tensor(lambda x: x.shape == shape and not bool(x.isnan().any()))
+
+
+def finite_maxima(logits):
+    return bool(logits.amax(dim=1).isfinite().all())
+
+
+def _moments(moments):
+    return moments.tensors()
+
+
+directions = restricted(rows(3), lambda x: bool(x.norm(dim=1).all()))
+one_generator = anything(
+    "None; seeded(); seeded(1); [seeded()]; 3; np.int64(1)", lambda v: v is None or isinstance(v, torch.Generator)
+)
 METRICS = [
     Target(
         "metrics.psnr",
@@ -1126,14 +1193,93 @@ METRICS = [
         },
     ),
     Target(
+        "metrics.ssim",
+        {"pixels": "torch.rand(2, 3, 12, 11)", "reconstructions": "torch.rand(2, 3, 12, 11)"},
+        {"pixels": without_nan(2, 3, 12, 11), "reconstructions": without_nan(2, 3, 12, 11)},
+        also={"pixels": "reconstructions"},
+    ),
+    Target("metrics.FeatureMoments", {"num_features": "3"}, {"num_features": integer(1, 2**16)}, probe=_moments),
+    Target("metrics.FeatureMoments.of", {"features": "torch.randn(9, 3)"}, {"features": rows()}, probe=_moments),
+    Target(
+        "metrics.FeatureMoments.from_moments",
+        {"count": "9", "mean": "torch.randn(3)", "covariance": "torch.ones(3, 3)"},
+        {
+            "count": optional(integer(2, 2**63 - 1)),
+            "mean": floats(3)._replace(is_tensor=False),  # has one dimension, variants need two
+            "covariance": tensor(lambda x: x.shape == (3, 3) and bool(x.isfinite().all()) and torch.equal(x, x.T)),
+        },
+        {"mean": "covariance"},
+        probe=_moments,
+    ),
+    Target(
+        "metrics.FeatureMoments.of(torch.randn(4, 3)).merge",
+        {"other": "metrics.FeatureMoments.of(torch.randn(9, 3))"},
+        {
+            "other": anything(
+                "metrics.FeatureMoments(2); metrics.FeatureMoments(3); torch.randn(9, 3);"
+                "metrics.FeatureMoments.from_moments(None, torch.zeros(3), torch.eye(3))",
+                lambda v: isinstance(v, metrics.FeatureMoments) and v.num_features == 3 and v.count is not None,
+            )
+        },
+        {"other": "moments"},
+    ),
+    Target(
         "metrics.frechet_distance",
         {"features": "torch.randn(9, 3)", "other_features": "torch.randn(8, 3)"},
+        {"features": rows(3), "other_features": rows(3)},
+    ),
+    Target(
+        "metrics.frechet_distance_infinity",
+        {"features": "torch.randn(9, 3)", "reference": "torch.randn(8, 3)", "smallest": "4", "sizes": "3"},
         {
-            "features": tensor(lambda x: x.ndim == 2 and x.shape[1] == 3 and len(x) > 1 and bool(x.isfinite().all())),
-            "other_features": tensor(
-                lambda x: x.ndim == 2 and x.shape[1] == 3 and len(x) > 1 and bool(x.isfinite().all())
-            ),
+            "features": rows(3, smallest=9),
+            "reference": rows(3),
+            "sizes": integer(2, 9),
+            "smallest": integer(2, 8),
+            "generator": one_generator,
         },
+        {"features": "smallest|sizes"},
+    ),
+    Target(
+        "metrics.kernel_inception_distance",
+        {"features": "torch.randn(9, 3)", "reference": "torch.randn(8, 3)", "subsets": "2", "subset_size": "8"},
+        {
+            "features": rows(3, smallest=8),
+            "reference": rows(3, smallest=8),
+            "subsets": integer(1, is_bounded=True),
+            "subset_size": integer(2, 8),
+            "generator": one_generator,
+        },
+        {"features": "subset_size", "reference": "subset_size"},
+    ),
+    Target(
+        "metrics.cmmd",
+        {"features": "torch.randn(9, 3)", "reference": "torch.randn(8, 3)"},
+        {"features": directions, "reference": directions},
+    ),
+    Target(
+        "metrics.precision_recall",
+        {"features": "torch.randn(9, 3)", "reference": "torch.randn(8, 3)", "neighbours": "3"},
+        {"features": rows(3, smallest=4), "reference": rows(3, smallest=4), "neighbours": integer(1, 7)},
+        {"features": "neighbours", "reference": "neighbours"},
+    ),
+    Target(
+        "metrics.inception_score",
+        {"logits": "torch.randn(9, 3)", "splits": "2"},
+        {
+            "logits": tensor(lambda x: x.ndim == 2 and x.shape[1] > 0 and len(x) > 1 and finite_maxima(x)),
+            "splits": integer(1, 9),
+            "deviation": one_of("population", "sample"),
+            "shuffle": one_generator,
+        },
+        {"logits": "splits"},
+        **anywhere,
+    ),
+    Target(
+        "metrics.clip_score",
+        {"image_embeds": "torch.randn(4, 3)", "text_embeds": "torch.randn(4, 3)"},
+        {"image_embeds": floats(4, 3), "text_embeds": floats(4, 3)},
+        {"image_embeds": "text_embeds"},
     ),
     Target(
         "lpips()", pictures, {name: of_two(3, 16, 16) for name in pictures}, {"pixels": "other_pixels"}, **anywhere
@@ -1143,6 +1289,73 @@ METRICS = [
         {"vgg": "'/nope.pth'", "heads": "'/nope.pth'"},
         {"vgg": anything("'a/b'; '/nope/x.safetensors'; ''"), "heads": anything("3")},
         {"vgg": "file", "heads": "file"},
+    ),
+    Target("classifier().features", {"pixels": "tiny_pixels(2, 32, 32)"}, {"pixels": of_two(3, 32, 32)}, **anywhere),
+    Target(
+        "meter().measure",
+        {"pixels": "tiny_pixels(2, 16, 16)"},
+        {"pixels": restricted(of_two(3, 16, 16), lambda x: bool((x.abs() <= 1).all()))},
+        {"pixels": "images"},
+        **anywhere,
+    ),
+    Target(
+        "figure",
+        {"metric": "'psnr'", "value": "21.5", "n": "10", "std": "2.0"},
+        {
+            "metric": one_of("psnr"),
+            "value": anything("3; -1.5; np.float32(2.5); torch.tensor(0.5)", lambda value: True),
+            "n": integer(1),
+            "std": optional(at_least_0),
+        },
+        {"value": "psnr"},
+        probe=lambda figure: [figure.metric, figure.value, figure.n, figure.std],
+        **anywhere,
+    ),
+    Target(
+        "generation.GenerationPlan",
+        {"num_images": "6", "conditions": "[0, 1, 2]", "seed": "0", "num_candidates": "1", "shard_size": "4"},
+        {
+            "num_images": integer(1),
+            "conditions": anything(
+                "None; ['a', 'b']; ('a',); [np.int64(1)]; ['a', 1]; [0.5]; 'abc'; []; [True]",
+                lambda value: (
+                    value is None
+                    or (isinstance(value, list | tuple) and len(value) > 0 and len({type(v) for v in value}) == 1)
+                    and isinstance(value[0], str | int | np.integer)
+                    and not isinstance(value[0], bool)
+                ),
+            ),
+            "seed": integer(0, 2**32 - 6),
+            "num_candidates": integer(1),
+            "shard_size": integer(1),
+        },
+        probe=lambda plan: plan.description(),
+        **anywhere,
+    ),
+    Target(
+        "captions.choose_captions",
+        {"captions": "['a', 'b', 'c']", "count": "2", "seed": "0"},
+        {
+            "captions": anything("('a', 'b'); ['a']; []; 'abc'", lambda value: isinstance(value, list | tuple)),
+            "count": integer(1, 3),
+            "seed": optional(integer(0, 2**32 - 1)),
+        },
+        probe=lambda chosen: len(chosen),
+        **anywhere,
+    ),
+    Target(
+        "statistics",
+        {"dataset": "'shapes'", "count": "6", "network_sha256": "'a' * 64", "uint8_rule": "'round'"},
+        {
+            "dataset": anything(
+                "'faces'; ''; ' '; 3; None", lambda name: isinstance(name, str) and name.strip() != ""
+            ),
+            "count": integer(6, 6),
+            "network_sha256": anything("'b' * 64; 'a' * 63; 'A' * 64; b'a' * 64; ''", lambda text: text == "b" * 64),
+            "uint8_rule": one_of("round", "truncate", "stored", "none"),
+        },
+        probe=lambda statistics: statistics.provenance,
+        **anywhere,
     ),
 ]
 

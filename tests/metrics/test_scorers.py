@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_pipeline, tiny_tokenizer
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
 
+from rq_hf.metrics import clip_score
 from rq_hf.metrics.scorers import IMAGENET_MEAN, IMAGENET_STD, ClassifierScorer, CLIPScorer
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -53,3 +54,12 @@ def test_clip():
     torch.testing.assert_close(scores, alone)
     assert not torch.allclose(scores, scorer(images, prompts[::-1]))
     assert len(tiny_pipeline("text")("red apple", num_candidates=3, scorer=scorer).images) == 1
+
+
+def test_clip_score_is_the_cosine():
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[2.0, 2.0], [0.0, -1.0]])
+    torch.testing.assert_close(clip_score(images, texts), torch.tensor([0.5**0.5, -1.0]))
+    with pytest.raises(ValueError, match=r"text_embeds must have the shape \(2, 2\), got \(1, 2\)"):
+        clip_score(images, texts[:1])
+    with pytest.raises(ValueError, match="image_embeds must be finite"):
+        clip_score(images * torch.nan, texts)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, CLIPModel, Dinov2Model, Dinov2WithRegistersModel
 
@@ -41,11 +42,14 @@ from ..argument_checks import (
 from ..files import checksum
 from .inception import SIDE, FIDInception
 from .scorers import image_settings, normalize
+from .small_classifier import CIFAR10_FOLDER, SmallClassifier
+from .small_classifier import SIDE as CLASSIFIER_SIDE
 from .weights import find_weights
 
 INCEPTION = "inception-2015-12-05"
 # Of pt_inception-2015-12-05-6726825d.pth of pytorch-fid, and of the file of torch-fidelity, which is the same.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+SMALL_CLASSIFIER = "cifar10-small"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PROBE_SIZE = 32  # of the image that shows the number of features
 
@@ -244,6 +248,8 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
             * `"pytorch-fid"`, `"torch-fidelity"` or `"clean-fid"`: the Inception network of FID, after the steps of
               that package. For torch-fidelity, logits lack the bias of the last layer, as those from which that
               package computes the Inception Score.
+            * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized
+              to 32×32 with bicubic filtering and without cropping. Its logits are those of the classes of CIFAR-10.
             * a folder or Hub id of CLIP (its image embeddings, not normalized to unit length) or DINOv2 (its class
               token after the last normalization). Images are resized to the square that its
               `preprocessor_config.json` names, with bicubic filtering and without cropping.
@@ -262,6 +268,8 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
         return load_inception(network, weights, INCEPTION_SHA256 if sha256 is None else sha256)
     if weights is not None:
         raise ValueError(f"network must be one of {list(INCEPTION_INPUTS)} to have a file of weights, got {network!r}")
+    if network == SMALL_CLASSIFIER:
+        return load_small_classifier(sha256)
     return load_transformers_model(network, sha256)
 
 
@@ -281,9 +289,23 @@ def load_inception(protocol: str, weights: str | None, sha256: str) -> FeatureNe
     return FeatureNetwork(name, protocol, sha256, inception, prepare, inception, takes_floats)
 
 
+def load_small_classifier(sha256: str | None) -> FeatureNetwork:
+    path = CIFAR10_FOLDER / "model.safetensors"
+    found = check_hash(path, sha256)
+    classifier = SmallClassifier()
+    classifier.load_state_dict(load_file(path))
+
+    def extract(pixels):
+        features = classifier.features(pixels)
+        return features, classifier.classifier(features)
+
+    prepare = resizer(CLASSIFIER_SIDE, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return FeatureNetwork(SMALL_CLASSIFIER, f"bicubic {CLASSIFIER_SIDE}", found, classifier, prepare, extract)
+
+
 def load_transformers_model(source: str, sha256: str | None) -> FeatureNetwork:
     check_source("network", source)
-    accepted = f"one of {list(INCEPTION_INPUTS)} or a model of one of {list(EMBEDDINGS)}"
+    accepted = f"one of {[*INCEPTION_INPUTS, SMALL_CLASSIFIER]} or a model of one of {list(EMBEDDINGS)}"
     try:
         kind = AutoConfig.from_pretrained(source).model_type
     except OSError as error:

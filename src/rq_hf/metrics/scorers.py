@@ -15,6 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..argument_checks import check_finite, check_floating, check_values
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -83,7 +85,22 @@ class CLIPScorer:
         pixels = normalize(images.to(device), self.model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD)
         text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
         output = self.model(text["input_ids"], pixels.to(self.model.dtype), text["attention_mask"])
-        return F.cosine_similarity(output.image_embeds.float(), output.text_embeds.float())
+        return clip_score(output.image_embeds, output.text_embeds)
+
+
+def clip_score(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    The cosine similarity of every image and its prompt, `(B,)` in [-1, 1], from CLIP embeddings `(B, F)` of both.
+
+    Some authors scale it (Hessel et al. 2021 by 2.5, others by 100) and replace negative values by 0; this does not.
+    Raises `TypeError`/`ValueError` for other shapes, and NaN.
+    """
+    check_floating("image_embeds", image_embeds, "B", "F")
+    check_floating("text_embeds", text_embeds, *image_embeds.shape)
+    for name, embeds in (("image_embeds", image_embeds), ("text_embeds", text_embeds)):
+        check_values(name, embeds)
+        check_finite(name, embeds)
+    return F.cosine_similarity(image_embeds.float(), text_embeds.float())
 
 
 def image_settings(checkpoint: str) -> tuple[int, list[float], list[float]]:

@@ -695,10 +695,15 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if is_uninformative else super()._get_help_string(action)
 
 
-def parse_arguments(*argument_classes: type, description: str, sections: tuple[str, ...], **defaults) -> tuple:
+def parse_arguments(
+    *argument_classes: type,
+    description: str,
+    sections: tuple[str, ...],
+    usage: str = "%(prog)s --output_dir FOLDER [options]",
+    **defaults,
+) -> tuple:
     """Command line -> one object per class, with the `defaults` of a script, or those in its `sections` of a preset.
     The help is a manual page: the description, then the options by group."""
-    usage = "%(prog)s --output_dir FOLDER [options]"
     parser = HfArgumentParser(argument_classes, description=description, usage=usage, formatter_class=HelpFormatter)
     parser.set_defaults(**defaults)
     chooser = ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,0 +1,51 @@
+"""Structural similarity of images, averaged over the images.
+
+Both are rounded to 8 bits first. See `rq_hf.metrics.ssim`.
+"""
+
+import datasets
+import evaluate
+import torch
+
+from rq_hf import metrics
+from rq_hf.metrics.reconstruction import check_pixels
+
+CITATION = """
+@article{wang2004image,
+  title = {Image Quality Assessment: From Error Visibility to Structural Similarity},
+  author = {Wang, Zhou and Bovik, Alan C. and Sheikh, Hamid R. and Simoncelli, Eero P.},
+  journal = {IEEE Transactions on Image Processing},
+  year = {2004}
+}
+"""
+INPUTS = """
+Args:
+    predictions: images `(N, channels, height, width)` in [-1, 1], all of one size.
+    references: the images that they should equal.
+
+Returns:
+    ssim: at most 1.
+"""
+
+
+class SSIM(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        info = evaluate.MetricInfo(
+            description=__doc__,
+            citation=CITATION,
+            inputs_description=INPUTS,
+            features=datasets.Features(
+                {
+                    name: datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
+                    for name in ("predictions", "references")
+                }
+            ),
+        )
+        info.format = "torch"  # which MetricInfo accepts for single numbers only
+        return info
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        check_pixels("predictions", predictions)
+        check_pixels("references", references)
+        batches = zip(predictions.split(64), references.split(64))
+        return {"ssim": torch.cat([metrics.ssim(*batch) for batch in batches]).mean().item()}
