@@ -57,6 +57,14 @@ def pil(mode="RGB", size=(WIDTH, HEIGHT)):
     return PIL.Image.fromarray(pixels).convert(mode)
 
 
+def bytes_of_images():
+    return torch.arange(72, dtype=torch.uint8).view(2, 3, 4, 3)
+
+
+def flat_network():
+    return metrics.FeatureNetwork.from_module(torch.nn.Flatten(), "own", 4, [0.5] * 3, [0.5] * 3)
+
+
 def reconstruction_meter():
     return ReconstructionMeter(tiny.tiny_vae())
 
@@ -82,14 +90,6 @@ def statistics(dataset, count, network_sha256, uint8_rule):
     provenance = {"dataset": dataset, "split": "train", "transform": "none", "count": count, "uint8_rule": uint8_rule}
     moments = metrics.FeatureMoments.of(torch.arange(12.0).view(6, 2))
     return metrics.FeatureStatistics(moments, provenance | identity)
-
-
-def bytes_of_images():
-    return torch.arange(72, dtype=torch.uint8).view(2, 3, 4, 3)
-
-
-def flat_network():
-    return metrics.FeatureNetwork.from_module(torch.nn.Flatten(), "own", 4, [0.5] * 3, [0.5] * 3)
 
 
 @functools.cache
@@ -131,14 +131,14 @@ NAMES |= vars(tiny) | {
     "default_scheduler": default_scheduler,
     "tokenizer": lambda: shared(tiny.tiny_tokenizer),
     "lpips": lambda: shared(metrics.LPIPS),
+    "network": lambda: shared(flat_network),
+    "bytes_of_images": lambda: bytes_of_images(),
     "classifier": lambda: shared(metrics.SmallClassifier),
     "meter": lambda: shared(reconstruction_meter),
     "captions": captions,
     "figure": figure,
     "generation": generation,
     "statistics": statistics,
-    "network": lambda: shared(flat_network),
-    "bytes_of_images": lambda: bytes_of_images(),
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
 }
