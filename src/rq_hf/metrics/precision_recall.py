@@ -27,20 +27,17 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, *, neighbo
     """
     check_pair(features, reference)
     check_integer("neighbours", neighbours, 1, min(len(features), len(reference)) - 1)
-    return {
-        "precision": share_within(features, reference, neighbours),
-        "recall": share_within(reference, features, neighbours),
-    }
-
-
-def share_within(features: torch.Tensor, reference: torch.Tensor, neighbours: int) -> float:
-    """The share of the features in at least one of the balls of the reference."""
-    radii = torch.cat([nearest(rows, reference, neighbours + 1) for rows in reference.split(ROWS)])
-    within = 0
-    for rows in features.split(ROWS):
-        blocks = zip(reference.split(COLUMNS), radii.split(COLUMNS))
-        within += torch.stack([(squared_distances(rows, x) <= r).any(dim=1) for x, r in blocks]).any(dim=0).sum()
-    return within.item() / len(features)
+    radii, reference_radii = (
+        torch.cat([nearest(rows, x, neighbours + 1) for rows in x.split(ROWS)]) for x in (features, reference)
+    )
+    is_precise, is_recalled = (torch.zeros_like(r, dtype=torch.bool) for r in (radii, reference_radii))
+    for rows, row_radii, precise in zip(*(x.split(ROWS) for x in (features, radii, is_precise))):
+        columns = (x.split(COLUMNS) for x in (reference, reference_radii, is_recalled))
+        for others, other_radii, recalled in zip(*columns):
+            distances = squared_distances(rows, others)
+            precise |= (distances <= other_radii).any(dim=1)
+            recalled |= (distances <= row_radii[:, None]).any(dim=0)
+    return {"precision": is_precise.double().mean().item(), "recall": is_recalled.double().mean().item()}
 
 
 def nearest(features: torch.Tensor, reference: torch.Tensor, k: int) -> torch.Tensor:

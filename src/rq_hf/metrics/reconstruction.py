@@ -18,6 +18,8 @@ def psnr(pixels: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """
     check_floating("pixels", pixels, "B", "channels", "height", "width")
     check_floating("reconstructions", reconstructions, *pixels.shape)
+    check_values("pixels", pixels)
+    check_values("reconstructions", reconstructions)
     images, others = (to_levels(x) for x in (pixels, reconstructions))
     squared_error = ((images - others) / 255).square().flatten(1).mean(dim=1)
     return -10 * squared_error.clamp(min=1e-10).log10()
@@ -89,6 +91,7 @@ def codebook_usage(counts: torch.Tensor) -> dict[str, torch.Tensor]:
         of shape `(D,)`.
     """
     check_int64("counts", counts, "D", "K")
+    check_values("counts", counts)
     if counts.min() < 0:
         raise ValueError(f"counts must be at least 0, got {counts.min()}")
     share = counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
