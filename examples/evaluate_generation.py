@@ -19,7 +19,7 @@ Every image has a seed of its own: image j is sampled with --seed + j. Images be
 made by one process: OUTPUT_DIR/shards keeps what the networks say of every image, 8 KB for the features of Inception.
 What is finished is kept, and the result does not depend on the number of processes or on interruptions. A batch size
 changes no seed, only rounding. OUTPUT_DIR/plan.json says which images these are; a folder takes no others.
-OUTPUT_DIR/report.json has the figures of the last call.
+OUTPUT_DIR/report.json has the figures of the last call, and report-TIME.json those of earlier ones.
 
 Class c has every C-th image of C classes; where C does not divide --num_images, the first classes have one more.
 Captions that occur twice are used twice. More images than captions are refused; see --images_per_caption.
@@ -31,7 +31,7 @@ import statistics
 import time
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -449,15 +449,20 @@ def create_report(
     protocol: dict | None,
 ) -> Report:
     """The figures of all finished shards: of several repeats, their means and deviations."""
+    sampler = {
+        **plan.settings["sampling"],
+        "num_candidates": plan.num_candidates,
+        **{name: plan.settings[name] for name in ("scorer", "scheduler", "dtype", "compile")},
+        "conditions": plan.description()["conditions"],
+        "protocol": protocol,
+    }
     report = Report(
         model=args.model,
         weights=plan.settings["weights"],
         **data,
         transform=plan.settings["transform"],
         uint8_rule=plan.uint8_rule,
-        sampler={name: plan.settings[name] for name in ("sampling", "scheduler", "dtype", "compile", "scorer")}
-        | {"num_candidates": plan.num_candidates, "conditions": plan.description()["conditions"]}
-        | {"protocol": protocol},
+        sampler={name: value for name, value in sampler.items() if value is not None},
         seeds=[plan.seeds(plan.shards(repeat)[0].images)[0] for repeat in range(args.repeats)],
     )
     for name in metrics.names:
@@ -468,6 +473,13 @@ def create_report(
                 first = first | {"std": statistics.stdev(values), "std_of": "repeats", "values": values}
             report.add(figure, n=plan.num_images, **metrics.basis(name), **first | {"value": statistics.mean(values)})
     return report
+
+
+def keep_earlier(report: Path) -> None:
+    """Renames a report of an earlier call by its time: it may have other metrics or references."""
+    if report.exists():
+        time_of_writing = datetime.fromtimestamp(report.stat().st_mtime).strftime("%Y-%m-%d-%H%M%S-%f")
+        report.rename(report.with_name(f"report-{time_of_writing}.json"))
 
 
 def protocol_on_command_line() -> Protocol | None:
@@ -534,8 +546,11 @@ def main() -> None:
     folder = GenerationFolder(args.output_dir, plan, args.save_samples)
     generate(accelerator, pipe, folder, args, metrics, scorer, sampling)
     if accelerator.is_main_process:
+        if args.save_samples == "png":
+            folder.describe_samples([shard for repeat in range(args.repeats) for shard in plan.shards(repeat)])
         protocol = describe_protocol(protocol, args, sampling_args, captions, metric_args)
         report = create_report(args, plan, metrics, folder, describe_data(captions, metrics), protocol)
+        keep_earlier(folder.folder / "report.json")
         report.save(folder.folder / "report.json")
         if args.model_card is not None:
             task = "text-to-image" if pipe.is_text_conditional else "unconditional-image-generation"

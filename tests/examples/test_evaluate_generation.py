@@ -21,6 +21,7 @@ from rq_hf import RQPipeline
 from rq_hf.evaluation.report import Report
 from rq_hf.images import to_uint8
 from rq_hf.metrics import FeatureMoments, frechet_distance, load_feature_network
+from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER
 from rq_hf.metrics.statistics import FeatureStatistics
 
 EVALUATE = Path(__file__).parents[2] / "examples" / "evaluate_generation.py"
@@ -182,7 +183,7 @@ class TestReport:
     def test_says_what_figures_depend_on(self, unbroken, reference):
         report = Report.load(unbroken / "report.json")
         assert set(report.weights) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-        assert report.sampler["sampling"]["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
+        assert report.sampler["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
         assert report.seeds == [0] and report.uint8_rule == "round" and report.dataset == "shapes"
         distance = report.figures[0]
         assert distance.network["network"] == "clip" and distance.reference["file"] == reference.name
@@ -238,10 +239,12 @@ def evaluated(unbroken, tmp_path):
 
 class TestResume:
     def test_a_finished_run_only_computes_the_figures(self, evaluated, unbroken, classes):
-        (evaluated / "report.json").unlink()
-        outcome = finish(evaluated, *classes, "--save_samples", "npz")
+        before = (evaluated / "report.json").read_text()
+        outcome = finish(evaluated, *classes, "--save_samples", "npz", "--metrics", "fid")
         assert "5 of 5 shards are there already" in outcome.output and "images/s" not in outcome.output
-        assert figures(evaluated) == figures(unbroken)
+        assert figures(evaluated) == figures(unbroken)[:1]
+        (earlier,) = evaluated.glob("report-*.json")
+        assert earlier.read_text() == before
 
     def test_more_repeats_keep_the_first(self, evaluated, unbroken, classes):
         outcome = finish(evaluated, *classes, "--save_samples", "npz", "--repeats", 3)
@@ -333,11 +336,48 @@ class TestCaptions:
         assert outcome.code == 1 and message in outcome.output
 
 
+@pytest.fixture(scope="module")
+def classified(pipelines):
+    options = ["--model", pipelines / "class", "--cpu", "--num_images", 12, "--save_samples", "npz"]
+    return [*options, "--metrics", "class_accuracy", "--classifier", SMALL_CLASSIFIER]
+
+
+class TestClassifier:
+    def test_accuracy_and_rejection_sampling(self, classified, tmp_path):
+        finish(tmp_path / "all", *classified)
+        finish(tmp_path / "best", *classified, "--acceptance_rate", 0.25, "--scorer", SMALL_CLASSIFIER)
+        network = load_feature_network(SMALL_CLASSIFIER)
+        means = []
+        for name in ("all", "best"):
+            samples = [np.load(path) for path in sorted((tmp_path / name / "samples").iterdir())]
+            images = torch.from_numpy(np.concatenate([file["arr_0"] for file in samples])).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(np.concatenate([file["arr_1"] for file in samples]))
+            logits = network(images).logits
+            (accuracy,) = figures(tmp_path / name)
+            assert accuracy.value == (logits.argmax(dim=-1) == labels).double().mean().item()
+            means.append(logits.log_softmax(dim=-1).gather(-1, labels[:, None]).mean())
+        assert means[1] > means[0]
+        assert Report.load(tmp_path / "best" / "report.json").sampler["scorer"] == network.identity()
+
+    def test_one_network_for_features_and_classes_sees_images_once(self, classified, tmp_path):
+        finish(
+            tmp_path / "evaluation",
+            *classified,
+            "--network",
+            SMALL_CLASSIFIER,
+            "--metrics",
+            "class_accuracy",
+            "inception_score",
+        )
+        assert {name for _, name in stored(tmp_path / "evaluation")} == {"network.features", "network.logits"}
+        assert [figure.metric for figure in figures(tmp_path / "evaluation")] == ["class_accuracy", "inception_score"]
+
+
 def test_mar(pipelines, network, tmp_path):
     options = [f for name, value in MAR_CALL.items() for f in (f"--{name}", value)]
     finish(tmp_path / "evaluation", "--model", pipelines / "mar", *network, *IMAGES, *options)
     sampler = Report.load(tmp_path / "evaluation" / "report.json").sampler
-    assert sampler["sampling"]["num_inference_steps"] == MAR_CALL["num_inference_steps"]
+    assert sampler["num_inference_steps"] == MAR_CALL["num_inference_steps"]
     assert sampler["scheduler"]["class"] == "DDPMScheduler"
 
 

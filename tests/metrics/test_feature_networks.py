@@ -205,7 +205,7 @@ class TestTransformers:
 
     def test_refuses_other_models(self, tmp_path):
         ViTModel(ViTConfig(**TINY, **TINY_IMAGES)).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="pytorch-fid, .* a model of clip, .* is a model of vit$"):
+        with pytest.raises(ValueError, match="'pytorch-fid', .* a model of one of .*'clip', .* is a model of vit$"):
             load_feature_network(str(tmp_path))
 
 
@@ -217,6 +217,11 @@ class Precisions(nn.Module):
         found = [backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv]
         full = [operation.fp32_precision == "ieee" for operation in found]
         return torch.tensor([*full, not torch.is_autocast_enabled("cpu")]).float().expand(len(pixels), -1)
+
+
+class Thirds(nn.Module):
+    def forward(self, pixels):
+        return pixels.flatten(1).chunk(3, dim=1)
 
 
 def own_network(module, **changes):
@@ -271,14 +276,20 @@ class TestModules:
     @pytest.mark.parametrize(
         "module, changes, error, message",
         [
-            (nn.Identity(), {}, ValueError, r"the features of own must have the shape \(1, F\), got \(1, 3, 8, 8\)"),
-            (nn.Flatten(0), {}, ValueError, r"the features of own must have the shape \(1, F\), got \(192,\)"),
+            (
+                nn.Identity(),
+                {},
+                ValueError,
+                r"the features of own must have the shape \(1, features\), got \(1, 3, 8, 8\)",
+            ),
+            (nn.Flatten(0), {}, ValueError, r"the features of own must have the shape \(1, features\), got \(192,\)"),
             (
                 nn.Linear(8, 8).half(),
                 {},
                 ValueError,
                 "weights of module must be float32, got torch.float16 for weight",
             ),
+            (Thirds(), {}, TypeError, "own must give out features, or features and logits, got"),
             (torch.relu, {}, TypeError, "module must be of type Module"),
             (nn.Flatten(), {"name": ""}, ValueError, "name must not be empty"),
             (nn.Flatten(), {"size": 0}, ValueError, "size must be at least 1"),
@@ -301,6 +312,7 @@ FLOATS = torch.full((1, 3, 8, 8), 0.5)
         (FLOATS.long(), TypeError, "must be uint8 .* got torch.int64"),
         (FLOATS.byte()[0], ValueError, r"must have the shape \(B, 3, height, width\), got \(3, 8, 8\)"),
         (FLOATS.byte()[:, :1], ValueError, r"must have the shape \(B, 3, height, width\), got \(1, 1, 8, 8\)"),
+        (FLOATS.byte().to("meta"), ValueError, "must have values"),
         (FLOATS.byte()[:0], ValueError, r"must have the shape \(B, 3, height, width\), not empty"),
         ([FLOATS], TypeError, "must be a torch.Tensor"),
     ],
@@ -331,13 +343,14 @@ def test_refuses_floats_outside_of_their_range(inception, images, error, message
         (
             ("pytorch-fid", "missing.pth", "6726825d"),
             ValueError,
-            "sha256 must have 64 hexadecimal digits, got '6726825d'",
+            "sha256 must have 64 hexadecimal digits in lower case, got '6726825d'",
         ),
         (
             ("facebook/dinov2-base", "weights.pth"),
             ValueError,
-            "weights are named for pytorch-fid, torch-fidelity, clean-fid",
+            "network must be one of .* to have a file of weights",
         ),
+        (("pytorch_fid",), OSError, r"network must be one of \['pytorch-fid', .*; pytorch_fid cannot be read"),
         (("no/such/folder",), FileNotFoundError, "network must be a folder or user/name on the Hub"),
         ((nn.Flatten(),), TypeError, "network must be of type str"),
     ],
