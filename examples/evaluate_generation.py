@@ -17,9 +17,10 @@ Resume after an interruption, or add metrics and repeats to a finished run: the 
 
 Every image has a seed of its own: image j is sampled with --seed + j. Images belong to shards of --shard_size, each
 made by one process: OUTPUT_DIR/shards keeps what the networks say of every image, 8 KB for the features of Inception.
-What is finished is kept, and the result does not depend on the number of processes or on interruptions. A batch size
-changes no seed, only rounding. OUTPUT_DIR/plan.json says which images these are; a folder takes no others.
-OUTPUT_DIR/report.json has the figures of the last call.
+What is finished is kept, and the result does not depend on the number of processes or on interruptions. The batch
+size, the device and the number of threads change no seed, only rounding. OUTPUT_DIR/plan.json says which images these
+are; a folder takes no others.
+OUTPUT_DIR/report.json has the figures of the last call, and report-TIME.json those of earlier ones.
 
 Class c has every C-th image of C classes; where C does not divide --num_images, the first classes have one more.
 Captions that occur twice are used twice. More images than captions are refused; see --images_per_caption.
@@ -29,8 +30,9 @@ Captions that occur twice are used twice. More images than captions are refused;
 import os
 import statistics
 import time
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -52,12 +54,13 @@ from rq_hf.evaluation.generation import (
     image_size,
     resolve_sampling,
 )
+from rq_hf.evaluation.protocols import Protocol, load_protocol, read_protocols
 from rq_hf.evaluation.report import Report
 from rq_hf.evaluation.sample_metrics import NEEDS, SampleMetrics, network_scorer
 from rq_hf.files import checksum
 from rq_hf.images import UINT8_RULES
 from rq_hf.metrics import ClassifierScorer, CLIPScorer, load_feature_network
-from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER, find_model_file
+from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER, FeatureNetwork, find_model_file
 from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.pipelines.rejection_sampling import Scorer
 from rq_hf.training import check_launch, check_numbers, parse_arguments
@@ -73,7 +76,11 @@ class GenerationArguments:
     model: str = field(metadata={"help": "Pipeline to evaluate: a folder or a Hub id."})
     output_dir: str = field(metadata={"help": "New folder for the shards and the report, or that of an earlier run."})
     protocol: str | None = field(
-        default=None, metadata={"help": "Published protocol, whose settings are the defaults of all options."}
+        default=None,
+        metadata={
+            "help": "Published protocol, whose settings are the defaults of all options; docs/evaluation.md.",
+            "choices": sorted(read_protocols()),
+        },
     )
     num_images: int | None = field(
         default=None, metadata={"help": "Images of one repeat (default of a text-to-image model: one per caption)."}
@@ -204,7 +211,10 @@ class MetricArguments:
         default=None, metadata={"help": "Weights of Inception: a file, or user/repository/file on the Hub."}
     )
     reference: str | None = field(
-        default=None, metadata={"help": "Statistics of real images, written by compute_statistics.py."}
+        default=None,
+        metadata={
+            "help": "Statistics of real images, by compute_statistics.py; with --protocol also the authors' .npz."
+        },
     )
     classifier: str | None = field(
         default=None, metadata={"help": "Network of class_accuracy, with the classes of the model; like --network."}
@@ -233,7 +243,7 @@ def load_pipeline(args: GenerationArguments, accelerator: Accelerator) -> tuple[
     check_source("--model", args.model)
     with accelerator.local_main_process_first():
         folder = args.model if os.path.isdir(args.model) else DiffusionPipeline.download(args.model)
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, args.dtype))
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     if not isinstance(pipe, RQPipeline | MARPipeline):
         raise ValueError(f"--model must be an RQPipeline or a MARPipeline, got a {type(pipe).__name__}")
     pipe.set_progress_bar_config(disable=True)
@@ -320,25 +330,35 @@ def scorer_identity(name: str, size: int) -> dict[str, str]:
     }
 
 
-def load_metrics(args: MetricArguments, device: torch.device) -> SampleMetrics:
-    def network(name, weights=None):
+def load_metrics(args: MetricArguments, protocol: Protocol | None, device: torch.device) -> SampleMetrics:
+    def load_network(name, weights=None):
         return None if name is None else load_feature_network(name, weights).to(device)
 
-    def statistics_of(path):
-        return None if path is None else FeatureStatistics.load(path)
-
     clip, clip_identity = (None, None) if args.clip_model is None else load_clip(args.clip_model, device)
-    main_network = network(args.network, args.network_weights)
+    network = load_network(args.network, args.network_weights)
     return SampleMetrics(
         names=args.metrics,
-        network=main_network,
-        reference=statistics_of(args.reference),
-        cmmd_network=network(args.cmmd_network),
-        cmmd_reference=statistics_of(args.cmmd_reference),
-        classifier=main_network if args.classifier == args.network else network(args.classifier),
+        network=network,
+        reference=None if args.reference is None else load_reference(args.reference, protocol, network),
+        cmmd_network=load_network(args.cmmd_network),
+        cmmd_reference=None if args.cmmd_reference is None else FeatureStatistics.load(args.cmmd_reference),
+        classifier=network if args.classifier == args.network else load_network(args.classifier),
         clip=clip,
         clip_identity=clip_identity,
     )
+
+
+def load_reference(path: str, protocol: Protocol | None, network: FeatureNetwork) -> FeatureStatistics:
+    """Statistics of real images. What an `.npz` file does not say is as the protocol says, and of this network."""
+    if Path(path).suffix != ".npz":
+        return FeatureStatistics.load(path)
+    if protocol is None:
+        raise ValueError(
+            f"{path} does not say what it was computed from: pass --protocol, or note it by "
+            "compute_statistics.py --moments"
+        )
+    said = {name: value for name, value in protocol.reference.items() if name != "file" and value is not None}
+    return FeatureStatistics.load(path, **said, **network.identity())
 
 
 def generate(
@@ -417,7 +437,8 @@ def describe_data(captions: CaptionArguments, metrics: SampleMetrics) -> dict[st
     if reference is not None:
         return {name: reference.provenance[name] for name in ("dataset", "split")}
     if captions.sources:
-        return {"dataset": getattr(captions, captions.sources[0]), "split": captions.split}
+        (source,) = captions.sources
+        return {"dataset": getattr(captions, source), "split": "all" if source == "captions" else captions.split}
     return {"dataset": "none", "split": "none"}
 
 
@@ -427,16 +448,23 @@ def create_report(
     metrics: SampleMetrics,
     folder: GenerationFolder,
     data: dict[str, str],
+    protocol: dict | None,
 ) -> Report:
     """The figures of all finished shards: of several repeats, their means and deviations."""
+    sampler = {
+        **plan.settings["sampling"],
+        "num_candidates": plan.num_candidates,
+        **{name: plan.settings[name] for name in ("scorer", "scheduler", "dtype", "compile")},
+        "conditions": plan.description()["conditions"],
+        "protocol": protocol,
+    }
     report = Report(
         model=args.model,
         weights=plan.settings["weights"],
         **data,
         transform=plan.settings["transform"],
         uint8_rule=plan.uint8_rule,
-        sampler={name: plan.settings[name] for name in ("sampling", "scheduler", "dtype", "compile", "scorer")}
-        | {"num_candidates": plan.num_candidates, "conditions": plan.description()["conditions"]},
+        sampler={name: value for name, value in sampler.items() if value is not None},
         seeds=[plan.seeds(plan.shards(repeat)[0].images)[0] for repeat in range(args.repeats)],
     )
     for name in metrics.names:
@@ -449,7 +477,31 @@ def create_report(
     return report
 
 
+def keep_earlier(report: Path) -> None:
+    """Renames a report of an earlier call by its time: it may have other metrics or references."""
+    if report.exists():
+        time_of_writing = datetime.fromtimestamp(report.stat().st_mtime).strftime("%Y-%m-%d-%H%M%S-%f")
+        report.rename(report.with_name(f"report-{time_of_writing}.json"))
+
+
+def protocol_on_command_line() -> Protocol | None:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--protocol", choices=sorted(read_protocols()))
+    name = parser.parse_known_args()[0].protocol
+    return None if name is None else load_protocol(name)
+
+
+def describe_protocol(protocol: Protocol | None, *arguments) -> dict | None:
+    """Name of the protocol, and the options that are other than it says."""
+    if protocol is None:
+        return None
+    values = {name: value for args in arguments for name, value in asdict(args).items()}
+    changed = {name: values[name] for name, value in protocol.settings.items() if values[name] != value}
+    return {"name": protocol.name, "changed": changed}
+
+
 def main() -> None:
+    protocol = protocol_on_command_line()
     args, sampling_args, captions, metric_args = parse_arguments(
         GenerationArguments,
         SamplingArguments,
@@ -457,6 +509,7 @@ def main() -> None:
         MetricArguments,
         description=__doc__,
         sections=(),
+        **({} if protocol is None else protocol.settings),
     )
     # A process waits for the others as long as it takes them to finish their last shards.
     accelerator = Accelerator(
@@ -466,7 +519,7 @@ def main() -> None:
     source, pipe = load_pipeline(args, accelerator)
     sampling = resolve_sampling(pipe, **sampling_args.given())
     scorer, scorer_identity = load_scorer(args, pipe, accelerator.device)
-    metrics = load_metrics(metric_args, accelerator.device)
+    metrics = load_metrics(metric_args, protocol, accelerator.device)
     height, width = image_size(pipe)
     weights = broadcast_object_list([hash_weights(source) if accelerator.is_main_process else None])[0]
     settings = {
@@ -495,7 +548,11 @@ def main() -> None:
     folder = GenerationFolder(args.output_dir, plan, args.save_samples)
     generate(accelerator, pipe, folder, args, metrics, scorer, sampling)
     if accelerator.is_main_process:
-        report = create_report(args, plan, metrics, folder, describe_data(captions, metrics))
+        if args.save_samples == "png":
+            folder.describe_samples([shard for repeat in range(args.repeats) for shard in plan.shards(repeat)])
+        protocol = describe_protocol(protocol, args, sampling_args, captions, metric_args)
+        report = create_report(args, plan, metrics, folder, describe_data(captions, metrics), protocol)
+        keep_earlier(folder.folder / "report.json")
         report.save(folder.folder / "report.json")
         if args.model_card is not None:
             task = "text-to-image" if pipe.is_text_conditional else "unconditional-image-generation"

@@ -260,7 +260,6 @@ def test_both_files_make_a_pipeline(tmp_path):
         "scheduler/scheduler_config.json",
         "transformer/code_rq.py",
         "transformer/config.json",
-        "transformer/generation_config.json",
         "transformer/model.safetensors",
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",

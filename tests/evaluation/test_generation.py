@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -88,7 +89,8 @@ class TestPlan:
             ({"num_candidates": 0}, "num_candidates must be at least 1, got 0"),
             ({"uint8_rule": "ceil"}, "uint8_rule must be one of"),
             ({"conditions": []}, "conditions must be at least one, or None"),
-            ({"conditions": None, "cond_ids": torch.zeros(2, L).long()}, r"one per condition \(0\), got 2"),
+            ({"conditions": None, "cond_ids": torch.zeros(2, L).long()}, "cond_ids go with conditions"),
+            ({"cond_ids": torch.zeros(2, L).long()}, r"cond_ids must have the shape \(4, L\), got \(2, 5\)"),
             ({"seed": -1}, "seed must lie in"),
             ({"seed": 2**32 - NUM_IMAGES + 1}, "seeds must lie in .*4294967276 and the 20 after it"),
         ],
@@ -96,6 +98,10 @@ class TestPlan:
     def test_refuses_bad_values(self, options, message):
         with pytest.raises(ValueError, match=message):
             plan_of(**options)
+
+    def test_refuses_conditions_of_two_kinds(self):
+        with pytest.raises(TypeError, match="conditions must be strings or integers, got"):
+            plan_of(conditions=[0, "red apple"])
 
     def test_refuses_more_repeats_than_there_are_seeds(self):
         plan = plan_of(seed=2**32 - NUM_IMAGES)
@@ -153,6 +159,19 @@ class TestSampling:
         with pytest.raises(ValueError, match="NaN or infinite") as caught:
             sampled(pipe, plan_of(seed=100), range(20), batch_size=18)
         assert "images 0-15, seeds from 100 on" in caught.value.__notes__[0]
+
+    def test_features_that_are_nan_are_named(self, pipe, tmp_path):
+        plan = plan_of()
+        folder = GenerationFolder(tmp_path, plan)
+        folder.open()
+
+        def nan_features(images, conditions):
+            return {"features": torch.tensor([[1.0, torch.nan if label == 1 else 0.0] for label in conditions])}
+
+        with pytest.raises(ValueError, match="features must be finite, got .* in 2 of 8") as caught:
+            generate_shard(pipe, folder, plan.shards(0)[1], [nan_features], batch_size=4)
+        assert "images 8-15" in caught.value.__notes__[0]
+        assert folder.missing(plan.shards(0))[0] == plan.shards(0)
 
     def test_refuses_no_images_at_a_time(self, pipe):
         with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
@@ -338,6 +357,14 @@ class TestSamples:
         actual = np.stack([np.asarray(Image.open(tmp_path / "samples" / name)) for name in names])
         assert np.array_equal(actual, expected)
 
+    def test_png_is_a_data_set(self, pipe, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        expected = self.saved(pipe, tmp_path / "evaluation", "png", plan_of())
+        GenerationFolder(tmp_path / "evaluation", plan_of(), "png").describe_samples(plan_of().shards(0))
+        dataset = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "evaluation/samples"), split="train")
+        assert list(dataset["label"]) == plan_of().conditions_of(range(NUM_IMAGES))
+        assert np.array_equal(np.stack([np.asarray(image) for image in dataset["image"]]), expected)
+
     def test_npz(self, pipe, tmp_path):
         expected = self.saved(pipe, tmp_path, "npz", plan_of())
         files = [np.load(path) for path in sorted((tmp_path / "samples").iterdir())]
@@ -352,6 +379,8 @@ class TestSamples:
 
 def test_hash_weights_follow_the_files(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "evaluation" / "shards").mkdir(parents=True)
+    (tmp_path / "evaluation" / "shards" / "00000.safetensors").touch()  # no weights of the model
     hashes = hash_weights(tmp_path)
     assert set(hashes) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
     torch.manual_seed(1)

@@ -138,6 +138,12 @@ class TestFigures:
         with pytest.raises(ValueError, match="must have the uint8_rule round or stored, got truncate"):
             Report(**PROVENANCE).add("fid", 3.5, 100, reference=reference(uint8_rule="truncate"))
 
+    def test_settings_that_json_cannot_hold_are_refused(self):
+        with pytest.raises(TypeError, match="settings must be plain values, as JSON can hold them: .* set"):
+            Report(**PROVENANCE).add("psnr", 21.5, 10, split={1})
+        with pytest.raises(TypeError, match="sampler must be plain values"):
+            Report(**PROVENANCE | {"sampler": {"top_p": float("nan")}})
+
     def test_cannot_be_there_twice(self, report):
         with pytest.raises(ValueError, match=r"has a figure of Inception Score \(pytorch-fid\) .* already"):
             report.add("inception_score", 113.0, 50_000, network=INCEPTION, splits=10)

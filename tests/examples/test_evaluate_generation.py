@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ from rq_hf import RQPipeline
 from rq_hf.evaluation.report import Report
 from rq_hf.images import to_uint8
 from rq_hf.metrics import FeatureMoments, frechet_distance, load_feature_network
+from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER
 from rq_hf.metrics.statistics import FeatureStatistics
 
 EVALUATE = Path(__file__).parents[2] / "examples" / "evaluate_generation.py"
@@ -28,9 +30,11 @@ IMAGES = ["--cpu", "--num_images", NUM_IMAGES, "--shard_size", SHARD_SIZE, "--ba
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def kill_at(place):
-    """From now on, this process kills itself: half-way through writing a shard, or in the middle of sampling it."""
-    kind, number = place
+def kill_at(kind, number, rank=0):
+    """From now on, the process of this rank kills itself: half-way through writing a shard, or before sampling a batch
+    of it."""
+    if int(os.environ.get("RANK", 0)) != rank:
+        return
     save_file, call = rq_hf.evaluation.generation.save_file, RQPipeline.__call__
     calls = iter(range(1, 1000))
 
@@ -40,6 +44,7 @@ def kill_at(place):
             os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    @functools.wraps(call)
     def call_and_stop(pipe, **arguments):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -55,7 +60,7 @@ def run_evaluation(arguments, folder, place=None):
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after every stream
     if place:
-        kill_at(place)
+        kill_at(*place)
     sys.argv = [str(EVALUATE), *map(str, arguments)]
     runpy.run_path(str(EVALUATE), run_name="__main__")
 
@@ -178,7 +183,7 @@ class TestReport:
     def test_says_what_figures_depend_on(self, unbroken, reference):
         report = Report.load(unbroken / "report.json")
         assert set(report.weights) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-        assert report.sampler["sampling"]["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
+        assert report.sampler["temperature"] == 1.0 and report.sampler["dtype"] == "float32"
         assert report.seeds == [0] and report.uint8_rule == "round" and report.dataset == "shapes"
         distance = report.figures[0]
         assert distance.network["network"] == "clip" and distance.reference["file"] == reference.name
@@ -189,6 +194,16 @@ class TestReport:
         assert_same_shards(tmp_path / "evaluation", unbroken)
         actual, expected = moments_of(tmp_path / "evaluation"), moments_of(unbroken)
         assert torch.equal(actual.mean, expected.mean) and torch.equal(actual.covariance, expected.covariance)
+        assert figures(tmp_path / "evaluation") == figures(unbroken)
+
+    def test_a_run_whose_second_process_died_goes_on_with_one(self, unbroken, classes, tmp_path):
+        options = [*classes, "--save_samples", "npz"]
+        first, second = evaluate(tmp_path / "evaluation", *options, world_size=2, place=("writing", 3, 1))
+        assert second.code == -signal.SIGKILL and first.code not in (0, None)  # it waited for the other one
+        finished = {path.stem for path in (tmp_path / "evaluation" / "shards").glob("0*.safetensors")}
+        assert {"00000", "00001"} <= finished and "00003" not in finished
+        finish(tmp_path / "evaluation", *options)
+        assert_same_shards(tmp_path / "evaluation", unbroken)
         assert figures(tmp_path / "evaluation") == figures(unbroken)
 
     @pytest.mark.parametrize("place", [("writing", 2), ("sampling", 5)], ids=["SIGKILL", "SIGTERM"])
@@ -224,10 +239,12 @@ def evaluated(unbroken, tmp_path):
 
 class TestResume:
     def test_a_finished_run_only_computes_the_figures(self, evaluated, unbroken, classes):
-        (evaluated / "report.json").unlink()
-        outcome = finish(evaluated, *classes, "--save_samples", "npz")
+        before = (evaluated / "report.json").read_text()
+        outcome = finish(evaluated, *classes, "--save_samples", "npz", "--metrics", "fid")
         assert "5 of 5 shards are there already" in outcome.output and "images/s" not in outcome.output
-        assert figures(evaluated) == figures(unbroken)
+        assert figures(evaluated) == figures(unbroken)[:1]
+        (earlier,) = evaluated.glob("report-*.json")
+        assert earlier.read_text() == before
 
     def test_more_repeats_keep_the_first(self, evaluated, unbroken, classes):
         outcome = finish(evaluated, *classes, "--save_samples", "npz", "--repeats", 3)
@@ -319,11 +336,48 @@ class TestCaptions:
         assert outcome.code == 1 and message in outcome.output
 
 
+@pytest.fixture(scope="module")
+def classified(pipelines):
+    options = ["--model", pipelines / "class", "--cpu", "--num_images", 12, "--save_samples", "npz"]
+    return [*options, "--metrics", "class_accuracy", "--classifier", SMALL_CLASSIFIER]
+
+
+class TestClassifier:
+    def test_accuracy_and_rejection_sampling(self, classified, tmp_path):
+        finish(tmp_path / "all", *classified)
+        finish(tmp_path / "best", *classified, "--acceptance_rate", 0.25, "--scorer", SMALL_CLASSIFIER)
+        network = load_feature_network(SMALL_CLASSIFIER)
+        means = []
+        for name in ("all", "best"):
+            samples = [np.load(path) for path in sorted((tmp_path / name / "samples").iterdir())]
+            images = torch.from_numpy(np.concatenate([file["arr_0"] for file in samples])).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(np.concatenate([file["arr_1"] for file in samples]))
+            logits = network(images).logits
+            (accuracy,) = figures(tmp_path / name)
+            assert accuracy.value == (logits.argmax(dim=-1) == labels).double().mean().item()
+            means.append(logits.log_softmax(dim=-1).gather(-1, labels[:, None]).mean())
+        assert means[1] > means[0]
+        assert Report.load(tmp_path / "best" / "report.json").sampler["scorer"] == network.identity()
+
+    def test_one_network_for_features_and_classes_sees_images_once(self, classified, tmp_path):
+        finish(
+            tmp_path / "evaluation",
+            *classified,
+            "--network",
+            SMALL_CLASSIFIER,
+            "--metrics",
+            "class_accuracy",
+            "inception_score",
+        )
+        assert {name for _, name in stored(tmp_path / "evaluation")} == {"network.features", "network.logits"}
+        assert [figure.metric for figure in figures(tmp_path / "evaluation")] == ["class_accuracy", "inception_score"]
+
+
 def test_mar(pipelines, network, tmp_path):
     options = [f for name, value in MAR_CALL.items() for f in (f"--{name}", value)]
     finish(tmp_path / "evaluation", "--model", pipelines / "mar", *network, *IMAGES, *options)
     sampler = Report.load(tmp_path / "evaluation" / "report.json").sampler
-    assert sampler["sampling"]["num_inference_steps"] == MAR_CALL["num_inference_steps"]
+    assert sampler["num_inference_steps"] == MAR_CALL["num_inference_steps"]
     assert sampler["scheduler"]["class"] == "DDPMScheduler"
 
 
@@ -342,23 +396,52 @@ def test_bfloat16_and_a_model_card(pipelines, network, tmp_path):
         (["--num_images", 0], "--num_images must be at least 1, got 0"),
         (["--acceptance_rate", 0.3, "--scorer", "clip"], "--acceptance_rate must be 1 divided by a number"),
         (["--acceptance_rate", 0.5], "--acceptance_rate below 1 and --scorer go together"),
-        (["--num_iterations", 4], "RQPipeline samples with temperature"),
-        (["--captions", "captions.txt"], "this model takes no captions, got --captions"),
-        (["--metrics", "kid"], "kid needs at least 1,000 images"),
-        (["--metrics", "inception_score", "fid"], "inception_score needs logits, which clip does not have"),
         (["--metrics", "clip_score"], "--metrics clip_score needs --clip_model"),
         (["--metrics", "cmmd"], "--metrics cmmd needs --cmmd_network and --cmmd_reference"),
         (["--classifier", "cifar10-small"], "--classifier is given, but none of --metrics"),
         (["--uint8_rule", "ceil"], "invalid choice"),
+        (["--protocol", "imagenet"], "invalid choice"),
+    ],
+)
+def test_refuses_wrong_options(classes, tmp_path, monkeypatch, capsys, options, message):
+    arguments = [*classes, "--output_dir", tmp_path / "evaluation", *options]
+    monkeypatch.setattr(sys, "argv", [str(EVALUATE), *map(str, arguments)])
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        runpy.run_path(str(EVALUATE), run_name="__main__")
+    assert message in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_iterations", 4], "RQPipeline samples with temperature"),
+        (["--captions", "captions.txt"], "this model takes no captions, got --captions"),
+        (["--metrics", "kid"], "kid needs at least 1,000 images, those of shapes (train) have 48"),
+        (["--metrics", "inception_score", "fid"], "inception_score needs logits, which clip does not have"),
         (["--model", "no such folder"], "--model must be a folder or user/name on the Hub"),
         (["--seed", 2**32 - 4], "seeds must lie in [0, 2**32)"),
     ],
 )
-def test_refuses_wrong_options(classes, tmp_path, options, message):
+def test_refuses_what_does_not_fit(classes, tmp_path, options, message):
     (outcome,) = evaluate(tmp_path / "evaluation", *classes, *options)
-    assert outcome.code
+    assert outcome.code == 1
     assert message in outcome.output
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_protocol_sets_the_defaults(pipelines, network, tmp_path):
+    moments = FeatureStatistics.load(network[3]).moments
+    np.savez(tmp_path / "authors.npz", mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+    options = ["--model", pipelines / "class", "--network", network[1], "--reference", tmp_path / "authors.npz"]
+    options += ["--cpu", "--metrics", "fid", "--num_images", 12]
+    (outcome,) = evaluate(tmp_path / "evaluation", *options)
+    assert outcome.code == 1 and "authors.npz does not say what it was computed from" in outcome.output
+    finish(tmp_path / "evaluation", *options, "--protocol", "imagenet-50k")
+    report = Report.load(tmp_path / "evaluation" / "report.json")
+    assert report.dataset == "ILSVRC/imagenet-1k" and report.uint8_rule == "round"
+    changed = {"num_images": 12, "metrics": ["fid"], "network": str(network[1])}
+    assert report.sampler["protocol"] == {"name": "imagenet-50k", "changed": changed}
 
 
 def test_refuses_statistics_of_another_network(classes, reference, tmp_path):

@@ -14,6 +14,7 @@ from fuzzing import (
     Target,
     anything,
     expressions,
+    fits,
     flag,
     floats,
     index_like,
@@ -34,6 +35,8 @@ from transformers import GenerationConfig
 
 import rq_hf
 from rq_hf import data, images, metrics, text, training
+from rq_hf.evaluation import Report, captions, generation
+from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.models import continuous_latents
 from rq_hf.models.mar_transformer.denoising import default_scheduler
 
@@ -52,6 +55,41 @@ def shared(make, *arguments):
 def pil(mode="RGB", size=(WIDTH, HEIGHT)):
     pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     return PIL.Image.fromarray(pixels).convert(mode)
+
+
+def bytes_of_images():
+    return torch.arange(72, dtype=torch.uint8).view(2, 3, 4, 3)
+
+
+def flat_network():
+    return metrics.FeatureNetwork.from_module(torch.nn.Flatten(), "own", 4, [0.5] * 3, [0.5] * 3)
+
+
+def reconstruction_meter():
+    return ReconstructionMeter(tiny.tiny_vae())
+
+
+def figure(metric, value, n, std):
+    """A new report's only figure."""
+    report = Report(
+        model="model",
+        weights={"model.safetensors": "a" * 64},
+        dataset="shapes",
+        split="train",
+        transform="none",
+        uint8_rule="round",
+        sampler={},
+        seeds=[],
+    )
+    report.add(metric, value, n, std=std)
+    return report.figures[0]
+
+
+def statistics(dataset, count, network_sha256, uint8_rule):
+    identity = {"network": "tiny", "protocol": "8×8", "network_sha256": network_sha256}
+    provenance = {"dataset": dataset, "split": "train", "transform": "none", "count": count, "uint8_rule": uint8_rule}
+    moments = metrics.FeatureMoments.of(torch.arange(12.0).view(6, 2))
+    return metrics.FeatureStatistics(moments, provenance | identity)
 
 
 @functools.cache
@@ -93,6 +131,14 @@ NAMES |= vars(tiny) | {
     "default_scheduler": default_scheduler,
     "tokenizer": lambda: shared(tiny.tiny_tokenizer),
     "lpips": lambda: shared(metrics.LPIPS),
+    "network": lambda: shared(flat_network),
+    "bytes_of_images": lambda: bytes_of_images(),
+    "classifier": lambda: shared(metrics.SmallClassifier),
+    "meter": lambda: shared(reconstruction_meter),
+    "captions": captions,
+    "figure": figure,
+    "generation": generation,
+    "statistics": statistics,
     "seeded": lambda seed=0: torch.Generator().manual_seed(seed),
     "mean": lambda images, conditions: images.mean(dim=(1, 2, 3)),
 }
@@ -104,6 +150,7 @@ share = number(lambda x: 0 <= x < 1)
 closed_share = number(lambda x: 0 <= x <= 1)
 per_depth = "[0.5] * 4; np.full(4, 0.5); torch.full((4,), 0.5); (1, 0.5, 0.25, 1); [0.5] * 5; np.full((2, 2), 0.5)"
 pixels = floats(None, 3, None, None)
+unit_images = tensor(lambda x: x.ndim == 4 and x.numel() > 0 and bool(((x >= 0) & (x <= 1)).all()))
 vectors = floats(None, None, None, C)
 latents = floats(None, C, None, None)
 even_pixels = tensor(
@@ -1243,6 +1290,73 @@ METRICS = [
         {"vgg": anything("'a/b'; '/nope/x.safetensors'; ''"), "heads": anything("3")},
         {"vgg": "file", "heads": "file"},
     ),
+    Target("classifier().features", {"pixels": "tiny_pixels(2, 32, 32)"}, {"pixels": of_two(3, 32, 32)}, **anywhere),
+    Target(
+        "meter().measure",
+        {"pixels": "tiny_pixels(2, 16, 16)"},
+        {"pixels": restricted(of_two(3, 16, 16), lambda x: bool((x.abs() <= 1).all()))},
+        {"pixels": "images"},
+        **anywhere,
+    ),
+    Target(
+        "figure",
+        {"metric": "'psnr'", "value": "21.5", "n": "10", "std": "2.0"},
+        {
+            "metric": one_of("psnr"),
+            "value": anything("3; -1.5; np.float32(2.5); torch.tensor(0.5)", lambda value: True),
+            "n": integer(1),
+            "std": optional(at_least_0),
+        },
+        {"value": "psnr"},
+        probe=lambda figure: [figure.metric, figure.value, figure.n, figure.std],
+        **anywhere,
+    ),
+    Target(
+        "generation.GenerationPlan",
+        {"num_images": "6", "conditions": "[0, 1, 2]", "seed": "0", "num_candidates": "1", "shard_size": "4"},
+        {
+            "num_images": integer(1),
+            "conditions": anything(
+                "None; ['a', 'b']; ('a',); [np.int64(1)]; ['a', 1]; [0.5]; 'abc'; []; [True]",
+                lambda value: (
+                    value is None
+                    or (isinstance(value, list | tuple) and len(value) > 0 and len({type(v) for v in value}) == 1)
+                    and isinstance(value[0], str | int | np.integer)
+                    and not isinstance(value[0], bool)
+                ),
+            ),
+            "seed": integer(0, 2**32 - 6),
+            "num_candidates": integer(1),
+            "shard_size": integer(1),
+        },
+        probe=lambda plan: plan.description(),
+        **anywhere,
+    ),
+    Target(
+        "captions.choose_captions",
+        {"captions": "['a', 'b', 'c']", "count": "2", "seed": "0"},
+        {
+            "captions": anything("('a', 'b'); ['a']; []; 'abc'", lambda value: isinstance(value, list | tuple)),
+            "count": integer(1, 3),
+            "seed": optional(integer(0, 2**32 - 1)),
+        },
+        probe=lambda chosen: len(chosen),
+        **anywhere,
+    ),
+    Target(
+        "statistics",
+        {"dataset": "'shapes'", "count": "6", "network_sha256": "'a' * 64", "uint8_rule": "'round'"},
+        {
+            "dataset": anything(
+                "'faces'; ''; ' '; 3; None", lambda name: isinstance(name, str) and name.strip() != ""
+            ),
+            "count": integer(6, 6),
+            "network_sha256": anything("'b' * 64; 'a' * 63; 'A' * 64; b'a' * 64; ''", lambda text: text == "b" * 64),
+            "uint8_rule": one_of("round", "truncate", "stored", "none"),
+        },
+        probe=lambda statistics: statistics.provenance,
+        **anywhere,
+    ),
 ]
 
 
@@ -1451,6 +1565,58 @@ TEXT = [
         {"images": "torch.rand(3, 3, 4, 6)"},
         {"images": floats(None, 3, None, None, finite=False), "columns": integer(1, 1000)},
     ),
+    Target(
+        "images.to_uint8",
+        {"images": "torch.rand(2, 3, 4, 6)", "rule": "'round'"},
+        {"images": unit_images, "rule": one_of(*images.UINT8_RULES)},
+    ),
+]
+
+
+def _bytes(value):
+    if not (isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and fits(value, (None, 3, None, None))):
+        raise Invalid
+    return value
+
+
+byte_images = Kind(_bytes, (), is_tensor=True)
+
+
+def _features_of_bytes(network):
+    return network(bytes_of_images()).features
+
+
+three = "[0.5] * 3; (0.1, 0.2, 0.3); [1, 2, 3]; [np.float32(0.5)] * 3; [0.5] * 4; [-1, 0, 1]; np.full(3, 0.5); 0.5"
+FEATURE_NETWORKS = [
+    Target(
+        "network().__call__",
+        {"images": "bytes_of_images()"},
+        {"images": byte_images},
+        is_right=lambda output: bool(output.features.isfinite().all()),
+    ),
+    Target(
+        "metrics.FeatureNetwork.from_module",
+        {"module": "torch.nn.Flatten()", "name": "'own'", "size": "4", "mean": "[0.5] * 3", "std": "[0.5] * 3"},
+        {
+            "module": anything("torch.nn.Identity(); torch.relu; None; 'own'"),
+            "name": anything("'another'; ''; None; 3", lambda name: isinstance(name, str) and name),
+            "size": integer(1, 1000),
+            "mean": several(finite, 3, three),
+            "std": several(positive, 3, three),
+        },
+        {"module": "features"},
+        probe=_features_of_bytes,
+    ),
+    Target(
+        "metrics.load_feature_network",
+        {"network": "'pytorch-fid'", "weights": "'/nope.pth'"},
+        {
+            "network": anything("'fid'; ''; 'a/b'; '/nope'; None; 3; 'inception'"),
+            "weights": anything("None; 'a/b'; '/nope/x.safetensors'; ''; 3"),
+            "sha256": anything("''; '6726825d'; 'f' * 64; 'F' * 64; 3"),
+        },
+        {"weights": "file|network", "network": "file", "sha256": "file|network"},
+    ),
 ]
 
 TRAINING = [
@@ -1532,5 +1698,6 @@ TARGETS = [
     *CONTINUOUS_LATENTS,
     *COLLATORS,
     *TEXT,
+    *FEATURE_NETWORKS,
     *TRAINING,
 ]

@@ -244,7 +244,8 @@ def save_transformer(transformer: PreTrainedModel, weights: dict[str, Parts], fo
     transformer.config.architectures = [type(transformer).__name__]
     transformer.config.dtype = "float32"
     transformer.config.save_pretrained(folder)
-    transformer.generation_config.save_pretrained(folder)
+    if transformer.can_generate():
+        transformer.generation_config.save_pretrained(folder)
     shards = split_torch_state_dict_into_shards(
         transformer.state_dict(), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_SIZE
     )

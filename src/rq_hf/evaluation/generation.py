@@ -22,7 +22,18 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..argument_checks import check_choice, check_instance, check_integer, check_items, check_number, check_size
+from ..argument_checks import (
+    as_plain,
+    check_choice,
+    check_finite,
+    check_instance,
+    check_int64,
+    check_integer,
+    check_items,
+    check_number,
+    check_size,
+    is_integer,
+)
 from ..files import atomic_file, checksum
 from ..images import UINT8_RULES, to_uint8
 from ..metrics.moments import FeatureMoments
@@ -92,13 +103,17 @@ class GenerationPlan:
         for name in ("num_images", "num_candidates", "shard_size"):
             check_size(name, getattr(self, name))
         check_choice("uint8_rule", self.uint8_rule, UINT8_RULES)
+        check_instance("settings", self.settings, dict)
         if self.conditions is not None:
             check_items("conditions", self.conditions)
             if not self.conditions:
                 raise ValueError("conditions must be at least one, or None for an unconditional model, got none")
-        if self.cond_ids is not None and (self.conditions is None or len(self.cond_ids) != len(self.conditions)):
-            count = 0 if self.conditions is None else len(self.conditions)
-            raise ValueError(f"cond_ids must be one per condition ({count}), got {len(self.cond_ids)}")
+            if not (all(isinstance(c, str) for c in self.conditions) or all(map(is_integer, self.conditions))):
+                raise TypeError(f"conditions must be strings or integers, got {self.conditions!r:.80}")
+        if self.cond_ids is not None:
+            if self.conditions is None:
+                raise ValueError("cond_ids go with conditions, got cond_ids alone")
+            check_int64("cond_ids", self.cond_ids, len(self.conditions), "L")
         self.check_seeds(1)
 
     def check_seeds(self, repeats: int) -> None:
@@ -146,22 +161,21 @@ class GenerationPlan:
 
     def description(self) -> dict:
         """The plan as JSON can hold it, with a digest of the conditions."""
-        if self.conditions is None:
-            conditions = None
-        else:
-            ids = None if self.cond_ids is None else self.cond_ids.tolist()
+        conditions = None
+        if self.conditions is not None:
+            contents = [as_plain(list(self.conditions)), None if self.cond_ids is None else self.cond_ids.tolist()]
             conditions = {
                 "kind": "prompts" if isinstance(self.conditions[0], str) else "class labels",
                 "count": len(self.conditions),
                 "distinct": len(set(self.conditions)),
-                "sha256": hashlib.sha256(json.dumps([list(self.conditions), ids]).encode()).hexdigest(),
+                "sha256": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
             }
         return {
-            "num_images": self.num_images,
+            "num_images": int(self.num_images),
             "conditions": conditions,
-            "seed": self.seed,
-            "num_candidates": self.num_candidates,
-            "shard_size": self.shard_size,
+            "seed": int(self.seed),
+            "num_candidates": int(self.num_candidates),
+            "shard_size": int(self.shard_size),
             "uint8_rule": self.uint8_rule,
             **self.settings,
         }
@@ -174,8 +188,9 @@ class GenerationFolder:
 
     Args:
         folder: new, empty, or that of an earlier run with the same plan.
-        sample_type: `"png"` (`samples/0003072.png` is image 3072) or `"npz"` (`samples/00012.npz` is shard 12 with
-            images `(B, height, width, 3)` in `arr_0` and class labels, if any, in `arr_1`); `None` saves none.
+        sample_type: `"png"`: `samples/0003072.png` is image 3072, see [`describe_samples`]. `"npz"`:
+            `samples/00012.npz` is shard 12 with images `(B, height, width, 3)` in `arr_0` and class labels, if any, in
+            `arr_1`. `None` saves none.
     """
 
     def __init__(self, folder: str | os.PathLike, plan: GenerationPlan, sample_type: str | None = None):
@@ -236,7 +251,7 @@ class GenerationFolder:
             except FileNotFoundError:
                 missing.append(shard)
                 continue
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 reason = one_line(error)
             if reason is not None:
                 missing.append(shard)
@@ -282,7 +297,7 @@ class GenerationFolder:
         folder = self.folder / SAMPLES
         if self.sample_type == "png":
             for number, image in zip(shard.images, images):
-                with atomic_file(folder / f"{number:07d}.png") as unfinished:
+                with atomic_file(folder / image_name(number)) as unfinished:
                     Image.fromarray(image).save(unfinished, format="PNG")
             return
         arrays = {"arr_0": images}
@@ -291,6 +306,18 @@ class GenerationFolder:
             arrays["arr_1"] = np.array(conditions)
         with atomic_file(folder / f"{shard.name}.npz") as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **arrays)
+
+    def describe_samples(self, shards: Sequence[Shard]) -> None:
+        """Writes `samples/metadata.jsonl` with the caption (`text`) or class (`label`) of every image, so that
+        `datasets.load_dataset("imagefolder", data_dir="samples")` reads them."""
+        with atomic_file(self.folder / SAMPLES / "metadata.jsonl") as unfinished:
+            with open(unfinished, "w", encoding="utf-8") as file:
+                for image in (image for shard in shards for image in shard.images):
+                    row = {"file_name": image_name(image)}
+                    if self.plan.conditions is not None:
+                        (condition,) = self.plan.conditions_of(range(image, image + 1))
+                        row["text" if isinstance(condition, str) else "label"] = condition
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _note(self, shard: Shard) -> Path:
         return self.folder / SHARDS / f"{shard.name}.progress"
@@ -315,11 +342,10 @@ class GenerationFolder:
 
     def moments(self, shards: Sequence[Shard], name: str) -> FeatureMoments:
         """Those of the features `name` of all shards, added one after another: of the same shards, the same bits."""
-        moments = None
-        for shard in shards:
-            features = self.load(shard, name)
-            moments = moments or FeatureMoments(features.shape[1])
-            moments.update(features)
+        first, *others = shards
+        moments = FeatureMoments.of(self.load(first, name))
+        for shard in others:
+            moments.update(self.load(shard, name))
         return moments
 
     def gather(self, shards: Sequence[Shard], name: str) -> torch.Tensor:
@@ -348,7 +374,7 @@ def generate_shard(
         scorer: of rejection sampling, see [`RQPipeline.__call__`]; goes with `num_candidates` of the plan.
         on_progress: called after every few images.
 
-    Raises `ValueError` with the numbers of the images where the pipeline gives NaN or a network refuses them.
+    Raises `ValueError` with a note of the images where the pipeline or an observer gives NaN or infinite values.
     """
     observed, images = [], []
     count, seconds = 0, 0.0
@@ -358,9 +384,13 @@ def generate_shard(
         numbers = shard.images[count : count + len(chunk)]
         conditions = folder.plan.conditions_of(numbers)
         started, results = time.perf_counter(), {}
-        for observe in observers:
-            results |= observe(chunk, conditions)
-        observed.append({name: value.detach().cpu() for name, value in results.items()})
+        with naming_images(folder.plan, numbers):
+            for observe in observers:
+                results |= observe(chunk, conditions)
+            results = {name: value.detach().cpu() for name, value in results.items()}
+            for name, value in results.items():
+                check_finite(name, value.reshape(len(chunk), -1))
+        observed.append(results)
         seconds += time.perf_counter() - started
         if folder.sample_type is not None:
             images.append(chunk.cpu())
@@ -499,14 +529,19 @@ def describe_differences(saved: dict, wanted: dict, prefix: str = "") -> list[st
     return differences
 
 
+def image_name(image: int) -> str:
+    return f"{image:07d}.png"
+
+
 def describe_range(numbers: range) -> str:
     return f"{numbers.start}-{numbers.stop - 1}"
 
 
 def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of every file of weights in the folder of a pipeline, by its path there, as `sha256sum` prints it.
-    Raises `ValueError` for a folder without any."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".bin"))
+    """The SHA-256 of every file of weights in the folder of a model or in those of a pipeline's components, by its
+    path there, as `sha256sum` prints it. Raises `ValueError` for a folder without any."""
+    found = [path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern)]
+    paths = sorted(path for path in found if path.suffix in (".safetensors", ".bin"))
     if not paths:
         raise ValueError(f"{folder} holds no weights, files that end in .safetensors or .bin")
     return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}

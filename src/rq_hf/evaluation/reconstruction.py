@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from ..argument_checks import check_choice, check_floating, check_instance, check_integer
+from ..argument_checks import check_choice, check_floating, check_instance, check_integer, check_values
 from ..images import UINT8_RULES, to_uint8
 from ..metrics import LPIPS, FeatureMoments, codebook_usage, count_codes, frechet_distance, psnr, ssim
 from ..metrics.feature_networks import FeatureNetwork
@@ -61,11 +61,13 @@ class ReconstructionMeter:
 
     @torch.no_grad()
     def measure(self, pixels: torch.Tensor) -> dict:
-        """Images `(B, channels, height, width)` in [-1, 1] -> what [`add`] takes, on the CPU."""
+        """Images `(B, channels, height, width)` in [-1, 1] -> what [`add`] takes, on the CPU. Raises `TypeError` or
+        `ValueError` for other shapes and values."""
         check_floating("pixels", pixels, "B", self.vae.config.in_channels, "height", "width")
+        check_values("pixels", pixels)
         pixels = pixels.to(self.vae.device)
         codes, samples = self.reconstruct(pixels)
-        images = to_uint8(unit_interval(pixels), "round")  # they have 8 bits
+        images = to_uint8(pixels.float() / 2 + 0.5, "round")  # they have 8 bits
         measured = {"count": len(pixels), "quality": {}, "features": {}}
         if codes is not None:
             measured["code_counts"] = count_codes(codes, self.vae.config.codebook_size).cpu()
@@ -73,7 +75,7 @@ class ReconstructionMeter:
             measured["features"]["images"] = self.features(images)
         images = from_8_bits(images)
         for depth, sample in samples.items():
-            sample = to_uint8(unit_interval(sample), self.uint8_rule)
+            sample = to_uint8((sample.float() / 2 + 0.5).clamp(0, 1), self.uint8_rule)
             if self.network is not None:
                 measured["features"][depth] = self.features(sample)
             sample = from_8_bits(sample)
@@ -124,11 +126,6 @@ class ReconstructionMeter:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features `(B, F)`, on the CPU, of images `(B, channels, height, width)` in uint8."""
         return self.network(images.expand(-1, 3, -1, -1)).features.cpu()
-
-
-def unit_interval(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels about [-1, 1] -> images in [0, 1]."""
-    return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
 def from_8_bits(images: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,7 @@ class Report:
             check_text(name, getattr(self, name))
         for name in ("weights", "sampler", "versions"):
             check_instance(name, getattr(self, name), dict)
+        self.sampler = as_json("sampler", self.sampler)
         if not self.weights:
             raise ValueError("weights must have the SHA-256 of at least one file, got none")
         for name, sha256 in self.weights.items():
@@ -193,7 +194,7 @@ class Report:
                 raise ValueError(f"reference must have the uint8_rule {self.uint8_rule} or {STORED}, got {rule}")
             network = network or {name: reference.provenance[name] for name in IDENTITY}
             reference = {"file": reference.file, "sha256": reference.sha256, **reference.provenance}
-        settings = {name: as_plain(setting) for name, setting in settings.items()}
+        settings = as_json("settings", {name: as_plain(setting) for name, setting in settings.items()})
         figure = Figure(metric, as_plain(value), as_plain(n), as_plain(std), network, reference, settings)
         if any((f.name, f.settings) == (figure.name, figure.settings) for f in self.figures):
             raise ValueError(f"the report has a figure of {figure.name} with the settings {settings} already")
@@ -202,6 +203,7 @@ class Report:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.json` file, in the place of one that is there. Raises `ValueError` for another suffix and for a
         report without figures."""
+        check_instance("path", path, str | os.PathLike)
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"a report must end in .json, got {path}")
@@ -214,6 +216,7 @@ class Report:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
         """Raises `ValueError` for a file that is no whole report."""
+        check_instance("path", path, str | os.PathLike)
         check_contents_are_there(path, str(path))
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -270,6 +273,7 @@ class Report:
         """
         if not self.figures:
             raise ValueError("the report has no figures")
+        check_instance("path", path, str | os.PathLike)
         path = Path(path)
         check_contents_are_there(path, str(path))
         results = [
@@ -344,6 +348,14 @@ def name_of(metric: dict) -> tuple[str, str | None]:
     return metric["type"], metric.get("name")
 
 
+def as_json(name: str, values: dict) -> dict:
+    """The values as they come back from a file. Raises `TypeError` for values that JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be plain values, as JSON can hold them: {one_line(error)}") from error
+
+
 def check_names(values, kind: type) -> None:
     """Raises `ValueError` unless these are the fields of a data class, all of them."""
     check_instance("it", values, dict)
@@ -362,7 +374,7 @@ def describe(reference: dict | None) -> str:
 
 
 def in_words(settings: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def find_versions() -> dict[str, str]:

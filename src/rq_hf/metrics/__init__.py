@@ -10,7 +10,7 @@ from .precision_recall import precision_recall
 from .reconstruction import codebook_usage, count_codes, psnr, ssim
 from .scorers import ClassifierScorer, CLIPScorer, clip_score
 from .small_classifier import SmallClassifier
-from .statistics import FeatureStatistics
+from .statistics import FeatureStatistics, check_comparable
 
 MODULES = str(Path(__file__).parent / "modules")
 """Folder of modules for the library evaluate: `evaluate.load(f"{MODULES}/fid")`, and so on."""
@@ -25,6 +25,7 @@ __all__ = [
     "MODULES",
     "NetworkOutput",
     "SmallClassifier",
+    "check_comparable",
     "clip_score",
     "cmmd",
     "codebook_usage",

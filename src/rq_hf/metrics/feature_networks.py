@@ -37,6 +37,7 @@ from ..argument_checks import (
     check_size,
     check_source,
     check_unit_interval,
+    check_values,
 )
 from ..files import checksum
 from .inception import SIDE, FIDInception
@@ -155,14 +156,16 @@ class FeatureNetwork:
         device = self.device
         with full_precision(device):
             output = self.extract(self.prepare(images.to(device)).to(device))
-        output = NetworkOutput(output) if isinstance(output, torch.Tensor) else NetworkOutput(*output)
-        check_floating(f"the features of {self.name}", output.features, len(images), "F")
-        if output.logits is not None:
-            check_floating(f"the logits of {self.name}", output.logits, len(images), "classes")
-        return output
+        found = (output,) if isinstance(output, torch.Tensor) else output
+        if not isinstance(found, tuple) or len(found) not in (1, 2):
+            raise TypeError(f"{self.name} must give out features, or features and logits, got {output!r:.80}")
+        for kind, values in zip(("features", "logits"), found):
+            check_floating(f"the {kind} of {self.name}", values, len(images), kind)
+        return NetworkOutput(*(values.float() for values in found))
 
     def check_images(self, images: torch.Tensor) -> None:
         check_dense("images", images)
+        check_values("images", images)
         check_shape("images", images, "B", 3, "height", "width")
         if self.takes_floats and images.is_floating_point():
             check_unit_interval("images", images)
@@ -202,8 +205,8 @@ def resize_like_tensorflow_1(images: torch.Tensor, size: int) -> torch.Tensor:
     """
     Bilinear resizing by `tf.image.resize_bilinear` of TensorFlow 1, `(B, C, height, width)` -> `(B, C, size, size)`.
 
-    Pixel i of the output lies at i·n/size of the n pixels of the input, not at (i + ½)·n/size − ½: the image is moved
-    to the upper left by up to half a pixel.
+    Pixel i of the output lies at i·n/size of the n pixels of the input, not at (i + ½)·n/size − ½: an enlarged image
+    is moved to the upper left by up to half a pixel of the input.
     """
     for dim in (3, 2):
         length = images.shape[dim]
@@ -247,9 +250,9 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
               package computes the Inception Score.
             * `"cifar10-small"`: the classifier that comes with the package, a [`SmallClassifier`]. Images are resized
               to 32×32 with bicubic filtering and without cropping. Its logits are those of the classes of CIFAR-10.
-            * a folder or Hub id of CLIP (its image embeddings, of any length) or DINOv2 (its class token after the last
-              normalization). Images are resized to the square that its `preprocessor_config.json` names, with bicubic
-              filtering and without cropping.
+            * a folder or Hub id of CLIP (its image embeddings, not normalized to unit length) or DINOv2 (its class
+              token after the last normalization). Images are resized to the square that its
+              `preprocessor_config.json` names, with bicubic filtering and without cropping.
 
         weights: of Inception: a file, or `user/repository/file` on the Hub, with the state dict
             `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid (also a file of safetensors).
@@ -260,11 +263,11 @@ def load_feature_network(network: str, weights: str | None = None, sha256: str |
     """
     check_instance("network", network, str)
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise ValueError(f"sha256 must have 64 hexadecimal digits, got {sha256!r:.80}")
+        raise ValueError(f"sha256 must have 64 hexadecimal digits in lower case, got {sha256!r:.80}")
     if network in INCEPTION_INPUTS:
         return load_inception(network, weights, INCEPTION_SHA256 if sha256 is None else sha256)
     if weights is not None:
-        raise ValueError(f"weights are named for {', '.join(INCEPTION_INPUTS)} only, got {weights!r} for {network}")
+        raise ValueError(f"network must be one of {list(INCEPTION_INPUTS)} to have a file of weights, got {network!r}")
     if network == SMALL_CLASSIFIER:
         return load_small_classifier(sha256)
     return load_transformers_model(network, sha256)
@@ -302,10 +305,13 @@ def load_small_classifier(sha256: str | None) -> FeatureNetwork:
 
 def load_transformers_model(source: str, sha256: str | None) -> FeatureNetwork:
     check_source("network", source)
-    kind = AutoConfig.from_pretrained(source).model_type
+    accepted = f"one of {[*INCEPTION_INPUTS, SMALL_CLASSIFIER]} or a model of one of {list(EMBEDDINGS)}"
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+    except OSError as error:
+        raise OSError(f"network must be {accepted}; {source} cannot be read: {error}") from error
     if kind not in EMBEDDINGS:
-        accepted = ", ".join([*INCEPTION_INPUTS, SMALL_CLASSIFIER, *(f"a model of {kind}" for kind in EMBEDDINGS)])
-        raise ValueError(f"network must be one of {accepted}; {source} is a model of {kind}")
+        raise ValueError(f"network must be {accepted}; {source} is a model of {kind}")
     size, mean, std = image_settings(source)
     path = find_model_file(source)
     found = check_hash(path, sha256)

@@ -89,8 +89,9 @@ class FIDInception(nn.Module):
     @classmethod
     def from_file(cls, path: Path) -> "FIDInception":
         """With the weights in a file. Raises `ValueError` if some are missing or have other shapes."""
-        model = cls()
-        weights = model.state_dict()
+        with torch.device("meta"):
+            model = cls()
+        weights = model.to_empty(device="cpu").state_dict()
         shapes = {name: weight.shape for name, weight in weights.items() if not name.endswith("num_batches_tracked")}
         model.load_state_dict(weights | read_weights(path, shapes))
         return model

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from ..argument_checks import check_floating, check_size
+from ..argument_checks import check_floating, check_size, check_values
 
 SIDE = 32
 CIFAR10_FOLDER = Path(__file__).parents[1] / "cifar10_classifier"
@@ -51,7 +51,8 @@ class SmallClassifier(
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, 32, 32)` in [-1, 1] -> features `(B, F)`, F = `num_features`."""
         check_floating("pixels", pixels, "B", 3, SIDE, SIDE)
-        return self.layers(pixels)
+        check_values("pixels", pixels)
+        return self.layers(pixels.to(self.classifier.weight.dtype))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, 32, 32)` in [-1, 1] -> logits `(B, num_classes)`."""

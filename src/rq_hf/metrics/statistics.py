@@ -63,8 +63,7 @@ class FeatureStatistics:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.safetensors` file: `mean`, `covariance` and maybe `features`, and the provenance as metadata.
         Raises `ValueError` for another suffix, `FileExistsError` for a file that exists."""
-        path = Path(path)
-        check_suffix(path, ".safetensors")
+        path = as_path(path, ".safetensors")
         if path.exists():
             raise FileExistsError(f"{path} exists; save the statistics under another name")
         tensors = {"mean": self.moments.mean, "covariance": self.moments.covariance}
@@ -89,8 +88,7 @@ class FeatureStatistics:
         Raises `ValueError` for provenance that is missing or contradicts the file, and for a file that is damaged or
         of another kind.
         """
-        path = Path(path)
-        check_suffix(path, ".safetensors", ".npz")
+        path = as_path(path, ".safetensors", ".npz")
         unknown = sorted(provenance.keys() - set(PROVENANCE))
         if unknown:
             raise TypeError(f"provenance must be {', '.join(PROVENANCE)}, got {', '.join(unknown)}")
@@ -181,9 +179,12 @@ def check_sha256(name: str, value: str) -> None:
         raise ValueError(f"{name} must be a SHA-256 of 64 hexadecimal digits, got {shown(value)}")
 
 
-def check_suffix(path: Path, *suffixes: str) -> None:
-    if path.suffix not in suffixes:
+def as_path(path: str | os.PathLike, *suffixes: str) -> Path:
+    """Raises `TypeError` unless this is a path, `ValueError` unless it ends in one of the suffixes."""
+    check_instance("path", path, str | os.PathLike)
+    if Path(path).suffix not in suffixes:
         raise ValueError(f"a file of statistics must end in {' or '.join(suffixes)}, got {path}")
+    return Path(path)
 
 
 def fingerprint(provenance: dict[str, str | int], tensors: dict[str, torch.Tensor]) -> str:
@@ -202,14 +203,14 @@ def read_saved(path: Path) -> tuple[dict[str, str | int], torch.Tensor, torch.Te
             names = sorted(file.keys())
             description = json.loads((file.metadata() or {}).get(METADATA, "null"))
             tensors = {name: file.get_tensor(name) for name in names if description is not None}
+        if description is None:
+            raise ValueError(f"it holds no statistics of features, but {shown_first(names, 5)}")
+        if fingerprint(description["provenance"], tensors) != description["contents_sha256"]:
+            raise ValueError("its contents do not match their checksum")
+        check_instance("provenance", description["provenance"], dict)
+        return description["provenance"], tensors["mean"], tensors["covariance"], tensors.get("features")
     except Exception as error:  # safetensors has an exception of its own
-        raise ValueError(f"{path} is a truncated or invalid safetensors file: {one_line(error)}") from error
-    if description is None:
-        raise ValueError(f"{path} holds no statistics of features, but {shown_first(names, 5)}")
-    is_whole = isinstance(description, dict) and description.keys() == {"provenance", "contents_sha256"}
-    if not is_whole or fingerprint(description["provenance"], tensors) != description["contents_sha256"]:
-        raise ValueError(f"{path} is damaged: its contents do not match their checksum")
-    return description["provenance"], tensors["mean"], tensors["covariance"], tensors.get("features")
+        raise ValueError(f"{path} is truncated, damaged or of another kind: {shown(one_line(error))}") from error
 
 
 def read_numpy_moments(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ LEAST_HEAD_WIDTH = 512
 
 
 class MARAccelerationMixin:
-    """`pack_weights` of [`MARTransformerModel`]. Overrides how [`MARGenerationMixin`] runs its two steps; the sampling
+    """`pack_weights` of [`MARTransformerModel`]. Overrides how [`MARSamplingMixin`] runs its two steps; the sampling
     loop does not change."""
 
     def pack_weights(self) -> None:

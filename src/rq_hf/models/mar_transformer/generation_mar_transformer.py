@@ -20,8 +20,9 @@ GUIDANCE_SCHEDULES = ("linear", "constant")
 NUM_ITERATIONS = 64
 
 
-class MARGenerationMixin:
-    """`generate` of [`MARTransformerModel`]."""
+class MARSamplingMixin:
+    """`generate` of [`MARTransformerModel`]. Named unlike transformers' `GenerationMixin`: a class whose bases end in
+    that gets a `generation_config` from it."""
 
     @onload_weights
     @torch.no_grad()

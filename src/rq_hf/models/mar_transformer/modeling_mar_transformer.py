@@ -31,7 +31,7 @@ from .acceleration import MARAccelerationMixin
 from .configuration_mar_transformer import MARStackConfig, MARTransformerConfig
 from .diffusion import NUM_TRAIN_TIMESTEPS, add_noise, diffusion_loss
 from .diffusion_head import MARDiffusionHead
-from .generation_mar_transformer import MARGenerationMixin
+from .generation_mar_transformer import MARSamplingMixin
 from .masking import positions_of, random_mask, rows_at
 
 
@@ -174,7 +174,7 @@ class MARStack(MARPreTrainedModel):
         return self.norm(last(hidden_states, attention_mask, queries))
 
 
-class MARTransformerModel(MARAccelerationMixin, MARGenerationMixin, ConditionalModelMixin, MARPreTrainedModel):
+class MARTransformerModel(MARAccelerationMixin, MARSamplingMixin, ConditionalModelMixin, MARPreTrainedModel):
     r"""
     Models continuous tokens in any order: p(hidden tokens | visible tokens, condition). Encoder and decoder give a
     vector z for every hidden position (section 3.4); p(token | z) is what the diffusion head samples (section 3.2).
