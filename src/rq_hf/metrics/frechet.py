@@ -72,10 +72,11 @@ def frechet_distance_infinity(
         if count == smallest:
             rank_of("the smallest subset of features", subset)
         distances.append(distance_between(reference, factor, subset))
-    points = torch.tensor(distances, dtype=torch.double)
-    lines = torch.stack([torch.ones(sizes), 1 / torch.tensor(counts, dtype=torch.double)], dim=1)
-    intercept, slope = torch.linalg.lstsq(lines, points).solution.tolist()
-    return {"fd_infinity": intercept, "slope": slope, "sizes": counts, "distances": distances}
+    inverse, points = 1 / torch.tensor(counts, dtype=torch.double), torch.tensor(distances, dtype=torch.double)
+    centered = inverse - inverse.mean()
+    slope = (centered * points).sum() / centered.square().sum()
+    intercept = points.mean() - slope * inverse.mean()
+    return {"fd_infinity": intercept.item(), "slope": slope.item(), "sizes": counts, "distances": distances}
 
 
 def rank_of(name: str, moments: FeatureMoments) -> int:
