@@ -20,6 +20,7 @@ appears when everything is computed, and it is the same for any number of proces
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,8 +42,9 @@ from rq_hf.training import DatasetArguments, check_launch, check_numbers, parse_
 from rq_hf.training.checkpoints import failing_together
 from rq_hf.untrusted_files import NumpyArchive
 
-SHARD = 256  # images that a process takes at a time; moments are added shard by shard
+SHARD = 128  # images that a process takes at a time
 CHUNK = 32  # images that the network sees together: rounding depends on their number
+BLOCK = 4096  # features that are added to the moments together: likewise
 
 
 @dataclass
@@ -210,33 +212,40 @@ def extract(network: FeatureNetwork, images: Iterable[torch.Tensor], device: tor
     return torch.cat(features)
 
 
-def compute(
+def gather_features(
     accelerator: Accelerator,
     network: FeatureNetwork,
     shards: Iterable[Sequence],
     decode: Callable[[object], torch.Tensor | None],
+    counts: Counter,
     *,
     num_threads: int,
-    keep_features: bool,
     total: int | None,
-) -> tuple[FeatureMoments, torch.Tensor | None, int]:
-    """The moments of all images, added in order; their features, if kept; and how many could not be decoded. Only
-    those of the main process are complete."""
-    moments, kept, skipped = FeatureMoments(network.num_features), [], 0
+) -> Iterator[torch.Tensor]:
+    """The features of all shards in order, on all processes; counts the images that could not be decoded."""
     progress = tqdm(desc="features", unit="image", total=total, disable=not accelerator.is_main_process)
     with progress, ThreadPoolExecutor(num_threads + 1) as pool:
         for shard in own_shards(shards, accelerator.process_index, accelerator.num_processes):
             with failing_together(ValueError):
                 images = (image for image in pool.map(decode, shard) if image is not None)
-                own_features = extract(network, images, accelerator.device)
-                own_skipped = len(shard) - len(own_features)
-            for features, number in gather_object([(own_features, own_skipped)]):
-                skipped += number
+                own = extract(network, images, accelerator.device)
+            for features, size in gather_object([(own, len(shard))]):
+                counts["skipped_images"] += size - len(features)
                 progress.update(len(features))
-                if accelerator.is_main_process and len(features):
-                    moments.update(features)
-                    kept += [features] if keep_features else []
-    return moments, torch.cat(kept) if kept else None, skipped
+                yield features
+
+
+def in_blocks(parts: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:
+    """Features of any numbers of images -> the same, `size` at a time; the last block may be smaller."""
+    pending = []
+    for part in parts:
+        pending.append(part)
+        if sum(map(len, pending)) >= size:
+            *blocks, last = torch.cat(pending).split(size)
+            yield from blocks
+            pending = [last]
+    if pending and len(rest := torch.cat(pending)):
+        yield rest
 
 
 def main() -> None:
@@ -279,21 +288,21 @@ def main() -> None:
         if isinstance(dataset, datasets.Dataset):
             total = len(dataset)
         shards = shards_of_dataset(dataset)
-    moments, features, skipped = compute(
-        accelerator,
-        network,
-        shards,
-        decode,
-        num_threads=data.dataloader_num_workers,
-        keep_features=args.keep_features,
-        total=total,
+    counts, moments, kept = Counter(), FeatureMoments(network.num_features), []
+    features = gather_features(
+        accelerator, network, shards, decode, counts, num_threads=data.dataloader_num_workers, total=total
     )
+    for block in in_blocks(features, BLOCK):
+        if accelerator.is_main_process:
+            moments.update(block)
+            kept += [block] if args.keep_features else []
+    skipped = counts["skipped_images"]
     with failing_together(ValueError):
         if accelerator.is_main_process:
             if moments.count < 2:
                 raise ValueError(f"expected at least 2 images, got {moments.count} ({skipped} could not be decoded)")
             provenance |= {"count": moments.count, "uint8_rule": STORED}
-            statistics = FeatureStatistics(moments, provenance, features)
+            statistics = FeatureStatistics(moments, provenance, torch.cat(kept) if kept else None)
             statistics.save(args.output_file)
             print(
                 f"saved the statistics of {moments.count:,} images in {args.output_file} (SHA-256 "

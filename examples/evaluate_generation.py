@@ -17,8 +17,9 @@ Resume after an interruption, or add metrics and repeats to a finished run: the 
 
 Every image has a seed of its own: image j is sampled with --seed + j. Images belong to shards of --shard_size, each
 made by one process: OUTPUT_DIR/shards keeps what the networks say of every image, 8 KB for the features of Inception.
-What is finished is kept, and the result does not depend on the number of processes or on interruptions. A batch size
-changes no seed, only rounding. OUTPUT_DIR/plan.json says which images these are; a folder takes no others.
+What is finished is kept, and the result does not depend on the number of processes or on interruptions. The batch
+size, the device and the number of threads change no seed, only rounding. OUTPUT_DIR/plan.json says which images these
+are; a folder takes no others.
 OUTPUT_DIR/report.json has the figures of the last call, and report-TIME.json those of earlier ones.
 
 Class c has every C-th image of C classes; where C does not divide --num_images, the first classes have one more.
@@ -436,7 +437,8 @@ def describe_data(captions: CaptionArguments, metrics: SampleMetrics) -> dict[st
     if reference is not None:
         return {name: reference.provenance[name] for name in ("dataset", "split")}
     if captions.sources:
-        return {"dataset": getattr(captions, captions.sources[0]), "split": captions.split}
+        (source,) = captions.sources
+        return {"dataset": getattr(captions, source), "split": "all" if source == "captions" else captions.split}
     return {"dataset": "none", "split": "none"}
 
 

@@ -19,7 +19,7 @@ from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.untrusted_files import NumpyArchive
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "compute_statistics.py"
-SHARD = 256
+SHARD = 128
 COUNT = 2 * SHARD + 70  # three shards, so that the second of two processes has none in the last round
 
 
@@ -212,6 +212,14 @@ def test_wrong_options_are_refused(script, monkeypatch, options, message):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
     with pytest.raises(ValueError, match=message):
         script["main"]()
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0], [3], [2, 0, 2], [4, 4], [5, 1], [1, 1, 9, 0, 2]])
+def test_blocks_do_not_depend_on_how_features_come(script, sizes):
+    features = torch.arange(sum(sizes)).float()[:, None]
+    blocks = list(script["in_blocks"](features.split(sizes), 4))
+    assert [len(block) for block in blocks] == [4] * (sum(sizes) // 4) + [sum(sizes) % 4] * (sum(sizes) % 4 > 0)
+    assert torch.equal(torch.cat([features[:0], *blocks]), features)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def choose_captions(captions: Sequence[str], count: int, seed: int | None = None
     if seed is None:
         return list(captions[:count])
     check_integer("seed", seed, 0, 2**32 - 1)
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(int(seed)))
     return [captions[i] for i in order[:count].tolist()]
 
 

@@ -251,7 +251,7 @@ class GenerationFolder:
             except FileNotFoundError:
                 missing.append(shard)
                 continue
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 reason = one_line(error)
             if reason is not None:
                 missing.append(shard)
@@ -342,11 +342,10 @@ class GenerationFolder:
 
     def moments(self, shards: Sequence[Shard], name: str) -> FeatureMoments:
         """Those of the features `name` of all shards, added one after another: of the same shards, the same bits."""
-        moments = None
-        for shard in shards:
-            features = self.load(shard, name)
-            moments = moments or FeatureMoments(features.shape[1])
-            moments.update(features)
+        first, *others = shards
+        moments = FeatureMoments.of(self.load(first, name))
+        for shard in others:
+            moments.update(self.load(shard, name))
         return moments
 
     def gather(self, shards: Sequence[Shard], name: str) -> torch.Tensor:
@@ -539,9 +538,10 @@ def describe_range(numbers: range) -> str:
 
 
 def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of every file of weights in the folder of a pipeline, by its path there, as `sha256sum` prints it.
-    Raises `ValueError` for a folder without any."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".safetensors", ".bin"))
+    """The SHA-256 of every file of weights in the folder of a model or in those of a pipeline's components, by its
+    path there, as `sha256sum` prints it. Raises `ValueError` for a folder without any."""
+    found = [path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern)]
+    paths = sorted(path for path in found if path.suffix in (".safetensors", ".bin"))
     if not paths:
         raise ValueError(f"{folder} holds no weights, files that end in .safetensors or .bin")
     return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
