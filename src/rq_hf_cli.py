@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 EMBEDDED = {"rq": "EMOJI_MODEL", "mar": "MAR_EMOJI_MODEL"}
-MODEL_HELP = (
-    "rq or mar, the emoji models that come with the package (rq if left out), a folder, or user/name on the Hub"
-)
+MODEL_HELP = "rq (if left out) or mar, the emoji models of the package, a folder, or user/name on the Hub"
 SETTINGS = {
     "guidance_scale": (float, "classifier-free guidance; 1 is none"),
     "temperature": (float, "above 1 more varied, below 1 more typical"),

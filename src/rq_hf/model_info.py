@@ -37,6 +37,8 @@ def model_info(folder: Path) -> dict[str, str]:
     else:
         raise FileNotFoundError(f"{folder} has neither model_index.json nor config.json, and is no saved model")
     described |= {"folder": folder, "licence": licence(folder / "README.md")}
+    for part in parts.values():
+        described |= sampled(part)
     total = 0
     for name, part in parts.items():
         if (part / "config.json").is_file():
@@ -46,8 +48,6 @@ def model_info(folder: Path) -> dict[str, str]:
             described[name] = f"{len(AutoTokenizer.from_pretrained(part)):,} tokens"
         else:
             described[name] = class_name(read_object(part / f"{name}_config.json"))
-    for part in parts.values():
-        described |= sampled(part)
     described["memory"] = ", ".join(f"{megabytes(size * total)} in {name}" for name, size in BYTES.items())
     return described
 
@@ -70,10 +70,11 @@ def sampled(folder: Path) -> dict[str, str]:
     if not file.is_file() or read_object(file).get("model_type") not in TRANSFORMERS:
         return {}
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, RQTransformerConfig):
-        return {"latents": "×".join(map(str, config.latent_shape)), "sampled": condition(config)}
-    codes = f"{'×'.join(map(str, config.code_shape))} of {config.codebook_size:,}"
-    described = {"codes": codes, "sampled": condition(config)}
+    if isinstance(config, RQTransformerConfig):
+        described = {"codes": f"{'×'.join(map(str, config.code_shape))} of {config.codebook_size:,}"}
+    else:
+        described = {"latents": "×".join(map(str, config.latent_shape))}
+    described["samples"] = condition(config)
     if (folder / "generation_config.json").is_file():
         described["settings"] = sampling(GenerationConfig.from_pretrained(folder))
     return described
