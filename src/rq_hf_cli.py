@@ -291,7 +291,7 @@ def number_of_class(config, label: str) -> int:
     if label in config.label2id:
         return config.label2id[label]
     if not label.isdecimal():
-        names = ", ".join(list(config.label2id)[:3])
+        names = ", ".join(config.id2label[number] for number in sorted(config.id2label)[:3])
         raise ValueError(f"--class must be a number or the name of a class, such as {names}; got {label!r}")
     check_class_labels(int(label), config)
     return int(label)
