@@ -47,8 +47,9 @@ examples:
   rq-hf generate models/ffhq-355m -n 16 --seed 0
 
 Two words are MODEL and PROMPT. One alone is a model if it is rq, mar, a saved pipeline, or a path or Hub id (with a /
-and no spaces), and otherwise a prompt for rq. Settings that you leave out are those of the model. An image depends on
-its seed, not on how many there are: in Python, generator=[SEED] gives the same one.
+and no spaces), and otherwise a prompt for rq: generate "either/or" by rq-hf generate rq "either/or". Settings that you
+leave out are those of the model. An image depends on its seed, not on how many there are: in Python, generator=[SEED]
+gives the same one.
 """
 RECONSTRUCT_EPILOG = """\
 examples:
@@ -89,7 +90,7 @@ class Parser(argparse.ArgumentParser):
 
     def check_model(self, model: str) -> None:
         """Ends the program unless this can be a model."""
-        if model not in EMBEDDED and not os.path.isdir(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        if model not in EMBEDDED and not os.path.isdir(model) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
             self.error(f"there is no model {model!r}. MODEL is {MODEL_HELP}; a prompt of several words needs quotes")
 
     def check_new(self, *files: Path) -> None:
@@ -239,12 +240,13 @@ def info(arguments: list[str]) -> None:
     model = parser.parse_args(arguments).model
     parser.check_model(model)
 
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     from rq_hf.model_info import model_info
 
     place = place_of(model)
-    folder = Path(place if os.path.isdir(place) else DiffusionPipeline.download(place))
+    files = ["*.json", "*.safetensors", "README.md"]
+    folder = Path(place if os.path.isdir(place) else snapshot_download(place, allow_patterns=files))
     for name, value in model_info(folder).items():
         print(f"{name:12} {value}")
 
@@ -262,11 +264,24 @@ def place_of(model: str) -> str:
 
 
 def pipeline_class_of(place: str) -> type:
-    from rq_hf import MARPipeline, RQPipeline
-    from rq_hf.models.pretrained import reading
+    """The class of a saved pipeline. Raises `FileNotFoundError` for anything else, `ValueError` for another class."""
+    from huggingface_hub import hf_hub_download
 
-    with reading("MODEL", place):
-        name = RQPipeline.load_config(place).get("_class_name")
+    from rq_hf import MARPipeline, RQPipeline
+    from rq_hf.models.pretrained import read_json
+    from rq_hf.untrusted_files import one_line
+
+    index = Path(place, "model_index.json")
+    if not os.path.isdir(place):
+        try:
+            index = Path(hf_hub_download(place, index.name))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"there is no folder {place!r}, nor a pipeline of this name from the Hub: {one_line(error)}"
+            ) from error
+    elif not index.is_file():
+        raise FileNotFoundError(f"{place} is no saved pipeline: it has no model_index.json")
+    name = read_json(index).get("_class_name")
     if name not in ("RQPipeline", "MARPipeline"):
         raise ValueError(f"MODEL must be an RQPipeline or a MARPipeline, got {place} of class {name}")
     return {"RQPipeline": RQPipeline, "MARPipeline": MARPipeline}[name]

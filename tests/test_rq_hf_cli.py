@@ -13,7 +13,21 @@ import torch
 from original_checkpoints import pack, write_both
 from PIL import Image, ImageChops
 from processes import run_script
-from tiny import KINDS, NUM_CLASSES, D, same_state, tiny_mar_pipeline, tiny_pipeline, tiny_vae
+from tiny import (
+    CONDITIONS,
+    KINDS,
+    NUM_CLASSES,
+    C,
+    D,
+    H,
+    K,
+    L,
+    W,
+    same_state,
+    tiny_mar_pipeline,
+    tiny_pipeline,
+    tiny_vae,
+)
 
 import rq_hf
 import rq_hf_cli
@@ -63,21 +77,8 @@ def test_generate_saves_the_images_of_the_seeds_and_says_where(saved, tmp_path):
     settings = ["--temperature", "0.7", "--top-k", "5", "--top-p", "0.9"]
     if kind != "none":
         settings += ["--guidance-scale", "2"]
-    outcome = run(
-        tmp_path,
-        "generate",
-        folder,
-        *WORDS[kind],
-        "-n",
-        3,
-        "--seed",
-        7,
-        "-o",
-        "new/images",
-        "--batch-size",
-        2,
-        *settings,
-    )
+    options = ["-n", 3, "--seed", 7, "-o", "new/images", "--batch-size", 2]
+    outcome = run(tmp_path, "generate", folder, *WORDS[kind], *options, *settings)
     assert outcome.code == 0, outcome.output
     files = [f"new/images/{NAMES[kind]}-{seed}.png" for seed in (7, 8, 9)]
     assert outcome.output.splitlines()[-3:] == files
@@ -140,6 +141,9 @@ def test_nothing_is_overwritten(tmp_path):
         ([], "the emoji models need a prompt"),
         (["mar"], "the emoji models need a prompt"),
         (["./nowhere"], "there is no model './nowhere'"),
+        (["models/nowhere"], "there is no folder 'models/nowhere', nor a pipeline of this name from the Hub"),
+        (["empty", "red apple"], "empty is no saved pipeline"),
+        (["other", "red apple"], "MODEL must be an RQPipeline or a MARPipeline, got other of class SomePipeline"),
         (["red apple", "--class", "2"], "give a prompt or --class, not both"),
         (["red apple", "-n", "0"], "--num-images must be at least 1, got 0"),
         (["red apple", "--seed", "-1"], "seeds must lie in [0, 2**32), got -1 to -1"),
@@ -151,6 +155,9 @@ def test_nothing_is_overwritten(tmp_path):
     ],
 )
 def test_generate_says_what_is_wrong(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "SomePipeline"}')
     fails(tmp_path, message, "generate", *arguments)
 
 
@@ -210,22 +217,62 @@ def test_convert_is_the_converter(tmp_path):
     fails(tmp_path, "error: ", "convert", "nowhere.tar.gz", "models/none")
 
 
+def info_of(folder):
+    outcome = run(folder, "info", ".")
+    assert outcome.code == 0, outcome.output
+    return dict(line.split(maxsplit=1) for line in outcome.output.splitlines())
+
+
+def count(model):
+    return sum(weight.numel() for weight in model.state_dict().values())
+
+
 def test_info(saved):
     kind, pipe, folder = saved
-    output = run(folder, "info", ".").output
-    lines = dict(line.split(maxsplit=1) for line in output.splitlines())
+    lines = info_of(folder)
     assert lines["class"] == "RQPipeline"
-    counts = {
-        name: sum(x.numel() for x in getattr(pipe, name).state_dict().values()) for name in ("vae", "transformer")
+    assert lines["codes"] == f"{H}×{W}×{D} of {K}"
+    samples = {
+        "none": "unconditional",
+        "class": f"conditioned on {NUM_CLASSES} classes",
+        "text": f"conditioned on {L} tokens of {CONDITIONS['text']['cond_vocab_size']}",
     }
-    assert all(f"{count:,} weights in float32" in lines[name] for name, count in counts.items())
-    assert f"{4 * sum(counts.values()) / 1e6:,.1f} MB in float32" in lines["memory"]
+    assert lines["samples"] == samples[kind]
+    assert ("tokenizer" in lines) == (kind == "text")
+    for name in ("vae", "transformer"):
+        assert f"{count(getattr(pipe, name)):,} weights in float32" in lines[name]
+    megabytes = 4 * (count(pipe.vae) + count(pipe.transformer)) / 1e6
+    assert f"{megabytes:,.1f} MB in float32" in lines["memory"]
+
+
+def test_info_of_a_model_alone_with_a_card_in_bfloat16(tmp_path):
+    vae = tiny_vae().to(torch.bfloat16)
+    vae.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n# A card\n")
+    lines = info_of(tmp_path)
+    assert lines["class"] == "RQVAEModel"
+    assert lines["licence"] == "other mine"
+    assert f"{count(vae):,} weights in bfloat16, images of 8×8, depth {D}, codewords {K}×{C}" in lines["model"]
+
+
+def test_info_of_mar(tmp_path):
+    pipe = tiny_mar_pipeline("class")
+    pipe.save_pretrained(tmp_path)
+    lines = info_of(tmp_path)
+    assert lines["latents"] == f"{C}×{H}×{W}"
+    assert lines["samples"] == f"conditioned on {NUM_CLASSES} classes"
+    assert lines["scheduler"] == "DDPMScheduler"
+    assert f"{count(pipe.transformer):,} weights" in lines["transformer"]
 
 
 def test_info_says_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(tmp_path, "has neither model_index.json nor config.json", "info", "empty")
     fails(tmp_path, "there is no model 'nowhere'", "info", "nowhere")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    fails(tmp_path, "diffusion_pytorch_model.safetensors is truncated or invalid", "info", "vae")
 
 
 def test_help_and_wrong_arguments_import_nothing_heavy():

@@ -1,6 +1,5 @@
 """What a saved model is, from its configurations and the headers of its weights."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from .convert.card import condition, sampling
 from .models import RQTransformerConfig
-from .models.pretrained import check_json
+from .models.pretrained import read_json
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -28,12 +27,12 @@ def model_info(folder: Path) -> dict[str, str]:
     """
     pipeline, alone = folder / "model_index.json", folder / "config.json"
     if pipeline.is_file():
-        index = read_object(pipeline)
+        index = read_json(pipeline)
         parts = {name: folder / name for name, value in index.items() if isinstance(value, list) and value[0]}
         described = {"class": index.get("_class_name")}
     elif alone.is_file():
         parts = {"model": folder}
-        described = {"class": class_name(read_object(alone))}
+        described = {"class": class_name(read_json(alone))}
     else:
         raise FileNotFoundError(f"{folder} has neither model_index.json nor config.json, and is no saved model")
     described |= {"folder": folder, "licence": licence(folder / "README.md")}
@@ -41,20 +40,22 @@ def model_info(folder: Path) -> dict[str, str]:
         described |= sampled(part)
     total = 0
     for name, part in parts.items():
+        if not part.is_dir():
+            raise FileNotFoundError(f"{folder} lacks {name}/, which its model_index.json names")
         if (part / "config.json").is_file():
             described[name], count = component(part)
             total += count
         elif name == "tokenizer":
             described[name] = f"{len(AutoTokenizer.from_pretrained(part)):,} tokens"
         else:
-            described[name] = class_name(read_object(part / f"{name}_config.json"))
+            described[name] = class_name(read_json(part / f"{name}_config.json"))
     described["memory"] = ", ".join(f"{megabytes(size * total)} in {name}" for name, size in BYTES.items())
     return described
 
 
 def component(folder: Path) -> tuple[str, int]:
     """A line about a saved model, and the number of its weights, with buffers."""
-    config, counts = read_object(folder / "config.json"), count_weights(folder)
+    config, counts = read_json(folder / "config.json"), count_weights(folder)
     types = ", ".join(TYPES.get(name, name) for name in counts)
     facts = [f"{class_name(config)}, {counts.total():,} weights in {types or 'no file'}"]
     if "sample_size" in config:
@@ -67,7 +68,7 @@ def component(folder: Path) -> tuple[str, int]:
 def sampled(folder: Path) -> dict[str, str]:
     """What a transformer samples, from what, and its settings; nothing for another component."""
     file = folder / "config.json"
-    if not file.is_file() or read_object(file).get("model_type") not in TRANSFORMERS:
+    if not file.is_file() or read_json(file).get("model_type") not in TRANSFORMERS:
         return {}
     config = AutoConfig.from_pretrained(folder)
     if isinstance(config, RQTransformerConfig):
@@ -107,8 +108,3 @@ def class_name(config: dict) -> str:
 
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def read_object(file: Path) -> dict:
-    check_json(file)
-    return json.loads(file.read_text(encoding="utf-8"))
