@@ -146,6 +146,7 @@ def generate(arguments: list[str]) -> None:
 
     from rq_hf.files import atomic_file
 
+    hide_loading()
     place = place_of(model or "rq")
     pipeline_class = pipeline_class_of(place)
     condition = condition_of(AutoConfig.from_pretrained(place, subfolder="transformer"), prompt, args.label)
@@ -213,6 +214,7 @@ def reconstruct(arguments: list[str]) -> None:
     from rq_hf import RQPipeline, RQVAEModel
     from rq_hf.files import atomic_file
 
+    hide_loading()
     place = place_of(model[0] if model else "rq")
     if os.path.isfile(os.path.join(place, "config.json")):
         pipe = RQPipeline(RQVAEModel.from_pretrained(place), None)
@@ -253,14 +255,18 @@ def info(arguments: list[str]) -> None:
 
 def place_of(model: str) -> str:
     """Folder or Hub id of a MODEL."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     import rq_hf
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     return getattr(rq_hf, EMBEDDED[model]) if model in EMBEDDED else model
+
+
+def hide_loading() -> None:
+    """Turns off the progress bars of loading."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def pipeline_class_of(place: str) -> type:
