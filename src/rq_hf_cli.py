@@ -140,25 +140,36 @@ def generate(arguments: list[str]) -> None:
     name = file_name(prompt if prompt is not None else "image" if args.label is None else f"class {args.label}")
     files = {seed: args.output / f"{name}-{seed}.png" for seed in range(first, first + args.num_images)}
     parser.check_new(*files.values())
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    sample(model or "rq", prompt, args.label, settings, files, args.batch_size, args.dtype)
 
+
+def sample(
+    model: str,
+    prompt: str | None,
+    label: str | None,
+    settings: dict,
+    files: dict[int, Path],
+    batch_size: int,
+    dtype: str | None,
+) -> None:
+    """Samples an image for each seed in `files`, and saves it there."""
     import torch
     from transformers import AutoConfig
 
     from rq_hf.files import atomic_file
 
     hide_loading()
-    place = place_of(model or "rq")
+    place = place_of(model)
     pipeline_class = pipeline_class_of(place)
-    condition = condition_of(AutoConfig.from_pretrained(place, subfolder="transformer"), prompt, args.label)
-    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    condition = condition_of(AutoConfig.from_pretrained(place, subfolder="transformer"), prompt, label)
     check_taken(pipeline_class.__call__, settings, pipeline_class)
-    dtype = {} if args.dtype is None else {"dtype": getattr(torch, args.dtype)}
-    pipe = pipeline_class.from_pretrained(place, **dtype)
+    pipe = pipeline_class.from_pretrained(place, **({} if dtype is None else {"dtype": getattr(torch, dtype)}))
     pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     seeds = list(files)
-    for start in range(0, len(seeds), args.batch_size):
-        batch = seeds[start : start + args.batch_size]
+    for start in range(0, len(seeds), batch_size):
+        batch = seeds[start : start + batch_size]
         images = pipe(**condition, **settings, num_images_per_prompt=len(batch), generator=batch).images
         for seed, image in zip(batch, images):
             with atomic_file(files[seed]) as file:
