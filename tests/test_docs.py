@@ -1,8 +1,22 @@
-"""Every code block of README, docs and cards is run here, or says why it cannot be."""
+"""Every code block of README, CONTRIBUTING, docs and cards is run here, or says why it cannot be."""
 
 import pytest
-from documents import DATA, OTHER_PROGRAMS, PAGES, PYTHON, SHELL, check_command, commands, read_blocks, run_blocks
+import yaml
+from documents import (
+    DATA,
+    OTHER_PROGRAMS,
+    PAGES,
+    PYTHON,
+    ROOT,
+    SHELL,
+    check_command,
+    commands,
+    read_blocks,
+    run_blocks,
+)
 from processes import run
+
+import rq_hf
 
 SLOW = ("README", "data", "mar", "rate-distortion", "sampling")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -43,3 +57,10 @@ def test_the_programs_accept_every_command(page, monkeypatch):
 def test_blocks_that_are_not_marked_run(page, tmp_path):
     outcome = run(run_blocks, page, tmp_path)
     assert outcome.code == 0, outcome.output
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == rq_hf.__version__
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert len(citation["references"]) == 2 and all(paper["url"] in readme for paper in citation["references"])

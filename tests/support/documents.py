@@ -1,4 +1,4 @@
-"""The code blocks of README, docs and cards, and how tests run them.
+"""The code blocks of README, CONTRIBUTING, docs and cards, and how tests run them.
 
 A block is Python, or shell where the fence names no language. What cannot be run has the reason in a comment before
 its fence, `<!-- not run: needs the authors' weights -->`. Blocks in `DATA` are to be read, not to be run.
@@ -28,10 +28,14 @@ from rq_hf.text import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "model_cards")
-PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md")))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))),
+]
 SHELL, PYTHON, DATA = "", "python", ("csv", "text")
 BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 VARIABLES = "COUNT=100"  # that shell blocks leave to the reader
 OUR_PROGRAMS = ("python", "accelerate", "make")
