@@ -2,7 +2,7 @@
 
     python docs/make_figures.py --output_dir docs/images --card_image model_cards/emoji.png
 
-Figures of docs/sampling.md have one row of images for each of `SUBJECTS`; that of the card is made as `make demo` does.
+Those of docs/sampling.md have a row of images for each of `SUBJECTS`; that of the card is what `make demo` makes.
 """
 
 import argparse
