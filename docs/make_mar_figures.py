@@ -12,7 +12,7 @@ from manifest import write_manifest
 from rq_hf import MAR_EMOJI_MODEL, MARPipeline
 from rq_hf.images import image_grid
 
-SUBJECTS = ("woman astronaut medium skin tone", "mage", "man farmer dark skin tone", "woman judge light skin tone")
+SUBJECTS = ("woman astronaut medium skin tone", "mage", "sunflower", "cat face")
 SETTINGS = {"guidance_scale": 3.0, "num_inference_steps": 25, "output_type": "pt"}
 STRENGTHS = (0.25, 0.5, 0.75, 0.9)
 
