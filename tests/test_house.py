@@ -16,7 +16,7 @@ MODULES = Path("src", "rq_hf", "metrics", "modules")  # which only the optional 
 SCRIPT_FOLDERS = ("examples", "benchmarks", "docs")
 OUTSIDE = (*SCRIPT_FOLDERS, "tests")
 GROUND = {"argument_checks", "files", "images", "model_cards", "text", "untrusted_files"}
-# The modules and packages in src/rq_hf, and which others they may import.
+# The modules and packages in src/rq_hf, and which others they may import; and the module beside it.
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, {"argument_checks"}),
     "argument_checks": set(),
@@ -29,6 +29,9 @@ MAY_IMPORT = {
     "convert": GROUND | {"models", "pipelines"},
     "_registration": {"models", "pipelines", "convert"},
     "__init__": {"models", "pipelines", "convert", "_registration"},
+    "model_info": GROUND | {"models", "pipelines", "convert"},
+    "rq_hf_cli": GROUND | {"__init__", "models", "pipelines", "convert", "model_info"},
+    "__main__": {"rq_hf_cli"},
 }
 
 
@@ -63,7 +66,7 @@ def imports(path: Path, root: Path) -> Iterator[Import]:
 
 def package(root: Path) -> dict[str, Path]:
     """The files of the package by the absolute names of their modules."""
-    files = sorted((root / "src" / "rq_hf").rglob("*.py"))
+    files = sorted((root / "src").rglob("*.py"))
     return {
         ".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(".__init__"): path
         for path in files
@@ -78,7 +81,7 @@ def targets(found: Import, modules: dict[str, Path]) -> list[str]:
 
 
 def layer(module: str) -> str:
-    return module.split(".")[1] if "." in module else "__init__"
+    return module.split(".")[1] if "." in module else "__init__" if module == "rq_hf" else module
 
 
 def wrong_directions(root: Path) -> list[str]:

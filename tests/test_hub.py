@@ -13,9 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, upload_file
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
+import rq_hf_cli
 from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
 
 VOCABULARY = {"[PAD]": 0, "red": 1, "apple": 2}
@@ -108,6 +110,17 @@ def check_shards_and_variant(pipe, loader, tmp_path):
 def check_vae(pipe):
     pipe.vae.push_to_hub("tester/vae")
     assert_same_weights(pipe.vae, RQVAEModel.from_pretrained("tester/vae"))
+
+
+def check_command_line(pipe, tmp_path, capsys):
+    pipe.push_to_hub("tester/commanded")
+    rq_hf_cli.main(["info", "tester/commanded"])
+    assert "codes        4×4×3 of 16" in capsys.readouterr().out
+    rq_hf_cli.main(["generate", "tester/commanded", "red apple", "--seed", "1", "-o", str(tmp_path)])
+    with Image.open(tmp_path / "red-apple-1.png") as image:
+        assert image.tobytes() == pipe("red apple", generator=[1]).images[0].tobytes()
+    with pytest.raises(SystemExit, match="there is no folder 'tester/none', nor a pipeline of this name from the Hub"):
+        rq_hf_cli.main(["generate", "tester/none", "red apple"])
 
 
 @pytest.mark.parametrize("loader", [RQTransformerModel, AutoModel])

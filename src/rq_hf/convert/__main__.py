@@ -18,12 +18,12 @@ RQ_OPTIONS = ("rqvae", "rqtransformer", "tokenizer")
 MAR_OPTIONS = ("vae", "heads", "patch_size", "grid_size", "layer_norm_eps", "scaling_factor")
 EPILOG = """\
 examples:
-  python -m rq_hf.convert imagenet_1.4B.tar.gz models/imagenet-1.4b
-  python -m rq_hf.convert cc3m.tar.gz models/cc3m --tokenizer rqvae/txtimg_datasets/tokenizers/pretrained
-  python -m rq_hf.convert models/cat --rqvae stage1/model.pt --rqtransformer stage2/model.pt --ema
-  python -m rq_hf.convert models/rqvae --rqvae stage1/model.pt
-  python -m rq_hf.convert mar_base/checkpoint-last.pth models/mar-base --vae kl16.ckpt
-  python -m rq_hf.convert models/kl16 --vae kl16.ckpt
+  %(prog)s imagenet_1.4B.tar.gz models/imagenet-1.4b
+  %(prog)s cc3m.tar.gz models/cc3m --tokenizer rqvae/txtimg_datasets/tokenizers/pretrained
+  %(prog)s models/cat --rqvae stage1/model.pt --rqtransformer stage2/model.pt --ema
+  %(prog)s models/rqvae --rqvae stage1/model.pt
+  %(prog)s mar_base/checkpoint-last.pth models/mar-base --vae kl16.ckpt
+  %(prog)s models/kl16 --vae kl16.ckpt
 
 files:
   SOURCE            of an RQ model, a tar archive as released, or a folder with config.yaml and one .pt file per stage,
@@ -45,9 +45,10 @@ from a repository under the MIT licence.
 """
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None, prog: str = "python -m rq_hf.convert") -> None:
+    """The command line; `prog` is how its help calls it."""
     parser = argparse.ArgumentParser(
-        prog="python -m rq_hf.convert",
+        prog=prog,
         description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -80,7 +81,7 @@ def main() -> None:
         metavar="S",
         help="what latents are multiplied by (%(default)s)",
     )
-    arguments = vars(parser.parse_intermixed_args())
+    arguments = vars(parser.parse_intermixed_args(arguments))
     source, destination, ema = (arguments[name] for name in ("source", "destination", "ema"))
     is_mar = arguments["vae"] is not None or source is not None and source.suffix == ".pth"
     for name in RQ_OPTIONS if is_mar else MAR_OPTIONS:

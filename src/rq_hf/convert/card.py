@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..model_cards import RQVAE_USAGE, model_card, pipeline_usage
-from ..models import RQTransformerConfig, RQVAEModel
+from ..models import MARTransformerConfig, RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
 
 INTRODUCTION = """\
@@ -73,10 +73,11 @@ def sizes(model: RQPipeline | RQVAEModel) -> list[str]:
     return lines
 
 
-def condition(config: RQTransformerConfig) -> str:
+def condition(config: RQTransformerConfig | MARTransformerConfig) -> str:
     if config.cond_length > 1:
         return f"conditioned on {config.cond_length} tokens of {config.cond_vocab_size:,}"
-    return f"conditioned on {config.cond_vocab_size:,} classes" if config.cond_vocab_size > 1 else "unconditional"
+    classes = config.cond_vocab_size - (config.null_cond_id is not None)
+    return f"conditioned on {classes:,} classes" if config.cond_vocab_size > 1 else "unconditional"
 
 
 def sampling(config) -> str:

@@ -23,7 +23,7 @@ def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
     check_source(kind, source)
     for name in ("model_index.json", "config.json", "*.index.json", "tokenizer*.json"):
         for file in (*Path(source).glob(name), *Path(source).glob(f"*/{name}")):
-            check_json(file)
+            read_json(file)
     try:
         yield
     except SafetensorError as error:
@@ -34,9 +34,9 @@ def reading(kind: str, source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"the weights in {source} do not fit its config.json: {error}") from error
 
 
-def check_json(file: Path) -> None:
-    """Raises `ValueError` unless the file holds a JSON object, in which every `model_type`, also that of a part, is a
-    name."""
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises `ValueError` unless there is one, in which every `model_type`, also that of a
+    part, is a name."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -46,6 +46,7 @@ def check_json(file: Path) -> None:
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
         if not isinstance(part.get("model_type", ""), str):
             raise ValueError(f"{file}: model_type must be a name, got {part['model_type']!r:.80}")
+    return content
 
 
 def check_loading_info(source: str | os.PathLike, loading_info: dict) -> None:

@@ -21,7 +21,7 @@ from ...argument_checks import (
     check_temperature,
     is_number,
 )
-from ..pretrained import check_json
+from ..pretrained import read_json
 from .code_sampling import CodeSampler
 
 PerDepth = float | Sequence[float] | np.ndarray | torch.Tensor
@@ -146,7 +146,7 @@ def check_generation_config_file(model: str, **hub_arguments) -> None:
     )
     if file is None:
         return
-    check_json(Path(file))
+    read_json(Path(file))
 
 
 def resolve_batch_size(
