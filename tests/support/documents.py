@@ -24,6 +24,7 @@ from PIL import Image
 from tiny import CAPTIONS, tiny_kl, tiny_mar_pipeline, tiny_pipeline, tiny_vae
 from transformers import HfArgumentParser
 
+import rq_hf_cli
 from rq_hf.text import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 VARIABLES = "COUNT=100"  # that shell blocks leave to the reader
-OUR_PROGRAMS = ("python", "accelerate", "make")
+OUR_PROGRAMS = ("python", "accelerate", "make", "rq-hf")
 OTHER_PROGRAMS = ("curl", "git", "pip")  # of which only marked blocks have commands
 
 
@@ -181,13 +182,15 @@ def check_command(words: list[str], monkeypatch) -> None:
         assert arguments.pop(0) == "launch"
         launch = launch_command_parser().parse_args(arguments)
         arguments = [launch.training_script, *launch.training_script_args]
-    elif arguments[0] == "-c":
+    elif program == "python" and arguments[0] == "-c":
         compile(arguments[1], "-c", "exec")
         return
     with monkeypatch.context() as patch:
         stop_after_parsing(patch)
         try:
-            if arguments[0] == "-m":
+            if program == "rq-hf":
+                rq_hf_cli.COMMANDS[arguments[0]](arguments[1:])
+            elif arguments[0] == "-m":
                 patch.setattr(sys, "argv", arguments[1:])
                 runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
             else:
