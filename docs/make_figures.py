@@ -1,17 +1,21 @@
-"""Make the figures of docs/sampling.md with the model that comes with the package.
+"""Make the figures of docs/sampling.md and of model_cards/emoji.md with the model that comes with the package.
 
-    python docs/make_figures.py --output_dir docs/images
+    python docs/make_figures.py --output_dir docs/images --card_image model_cards/emoji.png
 
-Each figure has one row of images for each of `SUBJECTS`.
+Those of docs/sampling.md have a row of images for each of `SUBJECTS`; that of the card is what `make demo` makes.
 """
 
 import argparse
+import runpy
 from pathlib import Path
 
 import torch
+from manifest import write_manifest
 
 from rq_hf import EMOJI_MODEL, RQPipeline
-from rq_hf.images import image_grid
+from rq_hf.images import captioned_grid, image_grid
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
 SUBJECTS = ("sunflower", "woman astronaut medium skin tone", "octopus", "fire engine")
 
@@ -64,18 +68,29 @@ def being_drawn(pipe: RQPipeline, every: int = 16) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=EMOJI_MODEL, help="any text-to-image pipeline: a folder or a Hub id")
+    parser.add_argument("--model", type=Path, default=EMOJI_MODEL, help="folder of any text-to-image RQPipeline")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the figures")
+    parser.add_argument("--card_image", type=Path, required=True, help="file for the images of the demo")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     pipe = RQPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
+    prompts = runpy.run_path(str(DEMO))["PROMPTS"]
+    images = pipe(prompts, generator=torch.Generator().manual_seed(0)).images
+    captioned_grid(images, prompts).save(args.card_image)
+
     codes = pipe(list(SUBJECTS), generator=list(range(len(SUBJECTS))), output_type="latent").codes
-    image_grid(coarse_to_fine(pipe, codes), columns=4).save(args.output_dir / "coarse_to_fine.png")
-    image_grid(variations(pipe, codes), columns=4).save(args.output_dir / "variations.png")
-    image_grid(completions(pipe, codes), columns=5).save(args.output_dir / "completions.png")
-    image_grid(being_drawn(pipe), columns=4).save(args.output_dir / "being_drawn.png")
+    figures = {
+        "coarse_to_fine.png": image_grid(coarse_to_fine(pipe, codes), columns=4),
+        "variations.png": image_grid(variations(pipe, codes), columns=4),
+        "completions.png": image_grid(completions(pipe, codes), columns=5),
+        "being_drawn.png": image_grid(being_drawn(pipe), columns=4),
+    }
+    for name, figure in figures.items():
+        figure.save(args.output_dir / name)
+    made = [args.card_image, *(args.output_dir / name for name in figures)]
+    write_manifest(args.output_dir / "make_figures.json", [Path(__file__), DEMO], args.model, made)
 
 
 if __name__ == "__main__":

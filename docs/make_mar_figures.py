@@ -1,12 +1,13 @@
 """Make the figures of docs/mar.md with the MAR model that comes with the package.
 
-python docs/make_mar_figures.py --output_dir docs/images
+python docs/make_mar_figures.py --output_dir docs/images --card_image model_cards/emoji-mar.png
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from manifest import write_manifest
 
 from rq_hf import MAR_EMOJI_MODEL, MARPipeline
 from rq_hf.images import image_grid
@@ -50,7 +51,7 @@ def variations(pipe: MARPipeline, images: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MAR_EMOJI_MODEL, help="any text-to-image MARPipeline")
+    parser.add_argument("--model", type=Path, default=MAR_EMOJI_MODEL, help="folder of any text-to-image MARPipeline")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the figures")
     parser.add_argument("--card_image", type=Path, required=True, help="file for the inpaintings")
     args = parser.parse_args()
@@ -61,6 +62,8 @@ def main() -> None:
     images = pipe(list(SUBJECTS), generator=list(range(len(SUBJECTS))), **SETTINGS).images
     image_grid(inpaintings(pipe, images), columns=5).save(args.card_image)
     image_grid(variations(pipe, images), columns=5).save(args.output_dir / "mar_variations.png")
+    made = [args.card_image, args.output_dir / "mar_variations.png"]
+    write_manifest(args.output_dir / "make_mar_figures.json", [Path(__file__)], args.model, made)
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ IMAGES = {"cc3m-validation": 15_840}  # of protocols that do not say it: as many
 
 TEXT = """# Published figures and how to compute them
 
-`python docs/make_protocols.py` writes this page from `src/rq_hf/evaluation/protocols.json`. `--protocol NAME` of
-`examples/evaluate_generation.py` sets the options of a protocol; options given as well override them. The figures are
-the authors', see the [cards](../model_cards); none of these commands has been run with the published weights yet.
+`python docs/make_protocols.py --output docs/evaluation-protocols.md` writes this page from
+`src/rq_hf/evaluation/protocols.json`. `--protocol NAME` of `examples/evaluate_generation.py` sets the options of a
+protocol; options given as well override them. The figures are the authors', see the [cards](../model_cards); none of
+these commands has been run with the published weights yet.
 
 {table}
 
@@ -52,8 +53,9 @@ https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights). For the RQ mo
 `fid_stats.tar.gz`, to which the README of
 [kakaobrain/rq-vae-transformer](https://github.com/kakaobrain/rq-vae-transformer) links; `adm_in256_stats.npz` is in
 [LTH14/mar](https://github.com/LTH14/mar/tree/main/fid_stats). How the authors resized the images, and the numbers of
-images, are what their code and the data sets say.
+images, are what their code and the data sets say; `$COUNT` is a number that they do not say.
 
+<!-- not run: needs the authors' statistics and the weights of the Inception network -->
 ```
 {statistics}
 ```
@@ -129,7 +131,7 @@ def statistics_name(protocol: Protocol) -> str:
 
 def statistics_command(protocol: Protocol) -> str:
     reference = protocol.reference
-    count = "COUNT" if reference["count"] is None else reference["count"]
+    count = "$COUNT" if reference["count"] is None else reference["count"]
     return (
         f"python examples/compute_statistics.py --moments {reference['file']} --name '{reference['dataset']}' \\\n"
         f"    --split {reference['split']} --count {count} --transform '{reference['transform']}' \\\n"
@@ -183,6 +185,7 @@ def section(protocol: Protocol) -> str:
             "",
             *(f"* {difference}" for difference in protocol.differences),
             "",
+            "<!-- not run: needs the authors' weights -->",
             "```",
             evaluation_command(protocol),
             "```",
