@@ -155,5 +155,5 @@ def check_card_of_a_folder(pipe, tmp_path):
 
 def check_publishing_needs_a_token(pipe, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match="publishing needs a token of the Hub: run `hf auth login`"):
+    with pytest.raises(ValueError, match="cannot write to tester/no-token .there is no token: run `hf auth login`"):
         pipe.push_to_hub("tester/no-token")
