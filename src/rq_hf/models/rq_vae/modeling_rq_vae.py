@@ -374,8 +374,8 @@ pixels = vae.decode_codes(codes).sample  # (1, {channels}, {side}, {side})
 vectors = vae.embed_codes(codes)  # (1, {height}, {width}, {depth}, {dim})"""
         title = f"RQ-VAE {side}² → {height}×{width}×{depth}, {self.config.codebook_size} codewords"
         own = {
-            "about": "An autoencoder of images whose latents are quantized to stacked codes: every feature vector becomes "
-            "a sum of codewords ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).",
+            "about": "An autoencoder of images whose latents are quantized to stacked codes: every feature vector "
+            "becomes a sum of codewords ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).",
             "tags": ["rq-vae", "image-tokenizer"],
             "citation": RQ_CITATION,
         }
