@@ -41,13 +41,15 @@ from rq_hf.training import (
     TrainingDataArguments,
     ValidationArguments,
     autoencoder_kl_card,
+    autoencoder_kl_grid,
     check_numbers,
     check_unsharded,
+    count_images,
     evaluate_autoencoder_kl,
     first_pixels,
     flat_configuration,
     parse_arguments,
-    save_finished,
+    save_autoencoder,
     set_scaling_factor,
     train,
 )
@@ -138,7 +140,16 @@ def main() -> None:
     num_batches = math.ceil(args.scaling_factor_images / run.train_batch_size)
     set_scaling_factor(vae, (batch["pixels"] for batch in itertools.islice(batches, num_batches)), run.seed)
     destination = Path(run.output_dir) / "vae"
-    save_finished(accelerator, vae, destination, autoencoder_kl_card(vae), run.upload_to)
+    save_autoencoder(
+        accelerator,
+        vae,
+        destination,
+        functools.partial(autoencoder_kl_card, vae),
+        autoencoder_kl_grid(vae, shown),
+        configuration=configuration,
+        images=count_images(dataset),
+        upload_to=run.upload_to,
+    )
     accelerator.print(f"saved {destination}, with a scaling factor of {vae.config.scaling_factor:.4g}")
     accelerator.end_training()
 

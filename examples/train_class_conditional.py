@@ -28,6 +28,7 @@ from rq_hf.training import (
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
+    count_images,
     find_classes,
     flat_configuration,
     parse_arguments,
@@ -58,11 +59,9 @@ def main() -> None:
         model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
         set_class_names(model, num_classes, class_names)
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
-        call = "pipe(class_labels=[0, 1])"
     else:
         model = args.create_model(vae)
         samples = {"batch_size": classes.num_samples}
-        call = "pipe(batch_size=4)"
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     pipeline = RQPipeline(vae, model)
@@ -89,7 +88,16 @@ def main() -> None:
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "pipeline"
-    save_pipeline(accelerator, pipeline, state_dict, destination, call, run.upload_to)
+    save_pipeline(
+        accelerator,
+        pipeline,
+        state_dict,
+        destination,
+        samples,
+        configuration=configuration,
+        images=count_images(dataset),
+        upload_to=run.upload_to,
+    )
     accelerator.print(f"saved {destination}")
     accelerator.end_training()
 

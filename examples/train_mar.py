@@ -39,7 +39,9 @@ from rq_hf.training import (
     TrainingDataArguments,
     ValidationArguments,
     check_numbers,
+    count_images,
     create_mar_transformer,
+    example_prompts,
     find_classes,
     flat_configuration,
     load_mar_transformer,
@@ -165,7 +167,7 @@ def main() -> None:
     vae = load_autoencoder(args.vae).to(accelerator.device).requires_grad_(False)
     required_columns = tuple(filter(None, (text.text_column, classes.label_column)))
     dataset = args.load_dataset(vae, data, required_columns)
-    tokenizer, samples, call = None, {"batch_size": classes.num_samples}, "pipe(batch_size=4)"
+    tokenizer, samples = None, {"batch_size": classes.num_samples}
     if text.text_column is not None:
         tokenizer = prepare_tokenizer(accelerator, text, run, dataset)
         model = args.create_model(
@@ -173,14 +175,12 @@ def main() -> None:
         )
         conditions = {"text_column": text.text_column, "tokenizer": tokenizer}
         samples = {"prompt": text.validation_prompts} if text.validation_prompts else None
-        call = 'pipe("a prompt")'
     elif classes.label_column is not None:
         num_classes, class_names = find_classes(classes, dataset)
         model = args.create_model(vae, cond_vocab_size=num_classes + 1, null_cond_id=num_classes)
         set_class_names(model, num_classes, class_names)
         conditions = {"label_column": classes.label_column, "num_classes": num_classes, "class_names": class_names}
         samples = {"class_labels": [i % num_classes for i in range(classes.num_samples)]}
-        call = "pipe(class_labels=[0, 1])"
     else:
         model, conditions = args.create_model(vae), {}
     if run.gradient_checkpointing:
@@ -213,8 +213,20 @@ def main() -> None:
         configuration=configuration,
         **run.training_options(),
     )
+    if text.text_column is not None and samples is None:
+        prompts = example_prompts(pipeline, dataset, text.text_column)
+        samples = {"prompt": prompts} if prompts else None
     destination = Path(run.output_dir) / "pipeline"
-    save_pipeline(accelerator, pipeline, state_dict, destination, call, run.upload_to)
+    save_pipeline(
+        accelerator,
+        pipeline,
+        state_dict,
+        destination,
+        samples,
+        configuration=configuration,
+        images=count_images(dataset),
+        upload_to=run.upload_to,
+    )
     accelerator.print(f"saved {destination}")
     accelerator.end_training()
 

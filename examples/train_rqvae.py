@@ -37,13 +37,14 @@ from rq_hf.training import (
     ValidationArguments,
     check_numbers,
     check_unsharded,
+    count_images,
     evaluate_reconstructions,
     first_pixels,
     flat_configuration,
     initialize_codebook,
     parse_arguments,
-    rqvae_card,
-    save_finished,
+    reconstruction_grid,
+    save_autoencoder,
     train,
 )
 
@@ -162,7 +163,16 @@ def main() -> None:
         **run.training_options(),
     )
     destination = Path(run.output_dir) / "rqvae"
-    save_finished(accelerator, model, destination, rqvae_card(model), run.upload_to)
+    save_autoencoder(
+        accelerator,
+        model,
+        destination,
+        model.card,
+        reconstruction_grid(model, shown),
+        configuration=configuration,
+        images=count_images(dataset),
+        upload_to=run.upload_to,
+    )
     accelerator.print(f"saved {destination}")
     accelerator.end_training()
 

@@ -30,6 +30,8 @@ from rq_hf.training import (
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
+    count_images,
+    example_prompts,
     flat_configuration,
     parse_arguments,
     prepare_tokenizer,
@@ -84,8 +86,18 @@ def main() -> None:
         configuration=configuration,
         **run.training_options(),
     )
+    prompts = text.validation_prompts or example_prompts(pipeline, dataset, text.text_column)
     destination = Path(run.output_dir) / "pipeline"
-    save_pipeline(accelerator, pipeline, state_dict, destination, 'pipe("a prompt")', run.upload_to)
+    save_pipeline(
+        accelerator,
+        pipeline,
+        state_dict,
+        destination,
+        {"prompt": prompts} if prompts else None,
+        configuration=configuration,
+        images=count_images(dataset),
+        upload_to=run.upload_to,
+    )
     accelerator.print(f"saved {destination}")
     accelerator.end_training()
 

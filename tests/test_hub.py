@@ -4,16 +4,22 @@ A client reads the address of its Hub at import. So the one test here starts a H
 that Hub and collects the `check_*` functions of this file instead.
 """
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
+import time
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from fake_hub import FakeHub
-from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, upload_file
+from fake_hub import BROKEN, FakeHub
+from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, model_info, upload_file
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
+from tiny import MAR_CALL, tiny_mar_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
@@ -27,8 +33,18 @@ def test_hub(tmp_path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     env |= {"HF_TOKEN": "hf_fake", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"}
     env |= {"NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-o", "python_functions=check_*"]
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "python_functions=check_*",
+        "-o",
+        "python_classes=Check*",
+    ]
     with FakeHub() as hub:
+        hub.commit("somebody/model", {})
         child = subprocess.run(
             [sys.executable, "-m", "pytest", *options, __file__],
             env=env | {"HF_ENDPOINT": hub.endpoint},
@@ -166,7 +182,140 @@ def check_card_of_a_folder(pipe, tmp_path):
     assert path.read_text() == "Another.\n"
 
 
-def check_publishing_needs_a_token(pipe, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match="publishing needs a token of the Hub: run `hf auth login`"):
-        pipe.push_to_hub("tester/no-token")
+MODELS = ["vae", "transformer"]
+
+
+@pytest.mark.parametrize("part", MODELS)
+@pytest.mark.parametrize("method", ["push_to_hub", "save_pretrained"])
+def check_models_get_a_card(pipe, part, method, tmp_path):
+    model, repo = getattr(pipe, part), f"tester/{part}-{method.replace('_', '-')}"
+    if method == "push_to_hub":
+        model.push_to_hub(repo)
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id=repo)
+    card = card_of(repo)
+    assert card.data.library_name == "rq_hf" and f'from_pretrained("{repo}")' in card.text
+    assert "@inproceedings{lee2022" in card.text and "More Information Needed" not in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    exec(code, {})
+
+
+def check_in_a_fresh_process(pipe):
+    """Both pipelines and every part of them, by the names of their repositories."""
+    mar = tiny_mar_pipeline("text")
+    mar.push_to_hub("tester/mar")
+    pipe.push_to_hub("tester/rq")
+    pipe.vae.push_to_hub("tester/rq-vae")
+    pipe.transformer.push_to_hub("tester/rq-transformer")
+    pipe.tokenizer.push_to_hub("tester/rq-tokenizer")
+    mar.transformer.push_to_hub("tester/mar-transformer")
+    child = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    images = [
+        p("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0), **settings).images[0]
+        for p, settings in ((pipe, {}), (mar, MAR_CALL))
+    ]
+    assert child.stdout.split() == [digest(image) for image in (images[0], images[0], images[1], images[1])]
+
+
+def digest(image):
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+FRESH = """
+import hashlib
+import torch
+import rq_hf
+from transformers import AutoTokenizer
+
+rq = rq_hf.RQPipeline.from_pretrained("tester/rq")
+mar = rq_hf.MARPipeline.from_pretrained("tester/mar")
+parts = rq_hf.RQPipeline(
+    rq_hf.RQVAEModel.from_pretrained("tester/rq-vae"),
+    rq_hf.RQTransformerModel.from_pretrained("tester/rq-transformer"),
+    AutoTokenizer.from_pretrained("tester/rq-tokenizer"),
+)
+mar_parts = rq_hf.MARPipeline.from_pretrained(
+    "tester/mar", transformer=rq_hf.MARTransformerModel.from_pretrained("tester/mar-transformer")
+)
+for pipe in (rq, parts, mar, mar_parts):
+    settings = {} if isinstance(pipe, rq_hf.RQPipeline) else {"num_iterations": 3, "num_inference_steps": 2}
+    (image,) = pipe("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0), **settings).images
+    print(hashlib.sha256(image.tobytes()).hexdigest())
+"""
+
+
+def check_private(pipe):
+    pipe.push_to_hub("tester/private", private=True)
+    pipe.vae.push_to_hub("tester/public")
+    assert model_info("tester/private").private and not model_info("tester/public").private
+    assert_same_pipeline(pipe, RQPipeline.from_pretrained("tester/private"))
+    with pytest.raises(RepositoryNotFoundError):
+        model_info("tester/private", token=False)
+
+
+def check_revision(pipe):
+    pipe.push_to_hub("tester/revisions", revision="first")
+    assert list_repo_files("tester/revisions") == []
+    pipe.push_to_hub("tester/revisions", revision="first")
+    assert_same_pipeline(pipe, RQPipeline.from_pretrained("tester/revisions", revision="first"))
+
+
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def check_interrupted_upload_changes_nothing(pipe, part, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries again, later and later
+    model, repo = pipe if part == "pipeline" else getattr(pipe, part), f"tester/{part}-breaks"
+    with pytest.raises(ConnectionError, match=f"the upload failed .*{repo} is as it was before; try again"):
+        model.push_to_hub(repo, commit_message=BROKEN)
+    assert list_repo_files(repo) == []
+    model.push_to_hub(repo)
+    before = model_info(repo).sha
+    with pytest.raises(ConnectionError, match="the upload failed"):
+        model.push_to_hub(repo, commit_message=BROKEN)
+    assert model_info(repo).sha == before
+    loaded = type(model).from_pretrained(repo)
+    assert_same_pipeline(pipe, loaded) if part == "pipeline" else assert_same_weights(model, loaded)
+
+
+def check_one_commit_for_an_upload(pipe):
+    address = pipe.push_to_hub("tester/once")
+    assert str(address).endswith(model_info("tester/once").sha)
+    files = list_repo_files("tester/once")
+    assert {"README.md", "model_index.json", "vae/config.json", "transformer/model.safetensors"} <= set(files)
+
+
+class CheckMessages:
+    @pytest.fixture
+    def push(self, pipe):
+        return pipe.vae.push_to_hub
+
+    def check_no_token(self, push, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        with pytest.raises(
+            ValueError, match="cannot write to tester/no-token .there is no token: run `hf auth login`"
+        ):
+            push("tester/no-token")
+
+    def check_refused_token(self, push):
+        with pytest.raises(
+            ValueError, match=r"cannot write to tester/x \(.*403.*: run `hf auth login`, or set HF_TOKEN"
+        ):
+            push("tester/x", token="hf_other")
+
+    def check_name_of_somebody_else(self, push):
+        with pytest.raises(ValueError, match=r"cannot write to somebody/model \(.*403.*or take a name of your own"):
+            push("somebody/model")
+
+    def check_impossible_name(self, push):
+        with pytest.raises(ValueError, match="cannot write to no/such/name .*: take a name such as user/model"):
+            push("no/such/name")
+
+    def check_offline(self, push, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="cannot write to tester/x .HF_HUB_OFFLINE is set: unset it"):
+            push("tester/x")
+
+    def check_unreachable(self, push, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
+        with pytest.raises(ValueError, match="cannot write to tester/x .the Hub cannot be reached"):
+            push("tester/x")

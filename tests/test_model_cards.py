@@ -35,7 +35,8 @@ def test_every_checkpoint_has_a_card():
 def test_the_metadata_is_what_the_hub_needs(name):
     data = ModelCard.load(FOLDER / f"{name}.md").data
     text = name.startswith("cc3m")
-    assert (data.license, data.library_name) == ("cc-by-nc-sa-4.0", "rq_hf")
+    assert (data.license, data.license_name, data.library_name) == ("other", "cc-by-nc-sa-4.0", "rq_hf")
+    assert data.license_link == "https://creativecommons.org/licenses/by-nc-sa/4.0/"
     assert data.pipeline_tag == ("text-to-image" if text else "unconditional-image-generation")
     assert data.datasets
     fids = {result.metric_name: result.metric_value for result in data.eval_results if result.metric_type == "fid"}
@@ -63,7 +64,8 @@ def test_the_text_agrees_with_the_metadata_and_the_preset(name):
 def test_cards_of_mar(name):
     card = ModelCard.load(FOLDER / f"{name}.md")
     title, fid, inception_score, guidance_scale = mar_card.PUBLISHED[name]
-    assert card.data.license == "mit" and card.data.library_name == "rq_hf"
+    assert (card.data.license, card.data.license_name, card.data.library_name) == ("other", "mit", "rq_hf")
+    assert card.data.license_link == "https://github.com/LTH14/mar/blob/main/LICENSE"
     results = {result.metric_type: result for result in card.data.eval_results}
     assert {kind: result.metric_value for kind, result in results.items()} == {
         "fid": fid,

@@ -56,7 +56,7 @@ def test_written_rqvae_is_the_returned_one(tmp_path):
     assert same_state(loaded, shared_rqvae())
     pixels = torch.rand(1, 3, 8, 8)
     assert torch.equal(loaded.get_codes(pixels), shared_rqvae().get_codes(pixels))
-    assert ModelCard.load(tmp_path / "vae" / "README.md").data.license == "cc-by-nc-sa-4.0"
+    assert ModelCard.load(tmp_path / "vae" / "README.md").data.license_name == "cc-by-nc-sa-4.0"
 
 
 @pytest.mark.parametrize("kind, task", [("class", "unconditional-image-generation"), ("text", "text-to-image")])
@@ -81,7 +81,7 @@ def test_folder_has_all_that_the_hub_wants(tmp_path, kind, task):
     assert index["transformer"] == ["rq_hf", "RQTransformerModel"]
     card = ModelCard.load(folder / "README.md")
     card.data.to_dict()
-    assert card.data.license == "cc-by-nc-sa-4.0"
+    assert (card.data.license, card.data.license_name) == ("other", "cc-by-nc-sa-4.0")
     assert card.data.library_name == "rq_hf"
     assert card.data.pipeline_tag == task
     assert "no commercial use" in card.text

@@ -245,7 +245,7 @@ def test_one_file_makes_one_model(tmp_path):
         assert type(saved) is cls and not saved.training
         assert same_state(saved, convert_mar_checkpoint(*arguments, **options))
         assert same_state(cls.from_pretrained(folder), saved)
-        assert ModelCard.load(folder / "README.md").data.license == "mit"
+        assert ModelCard.load(folder / "README.md").data.license_name == "mit"
     assert saved.config.scaling_factor == 0.5
 
 
@@ -279,7 +279,7 @@ def test_both_files_make_a_pipeline(tmp_path):
         expected = latents if expected is None else expected
         assert torch.equal(latents, expected)
     card = ModelCard.load(folder / "README.md")
-    assert card.data.license == "mit" and "rq_hf.MARPipeline.from_pretrained" in card.text
+    assert card.data.license_name == "mit" and "rq_hf.MARPipeline.from_pretrained" in card.text
 
 
 def test_large_transformers_are_sharded(tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_large_transformers_are_sharded(tmp_path, monkeypatch):
 def test_cards_of_published_sizes_quote_the_figures_of_the_authors(name, guidance):
     with torch.device("meta"):
         model = MARTransformerModel(MARTransformerConfig.from_preset(name))
-    card = mar_card(model)
+    card = mar_card(model, "models/mar")
     assert f"`guidance_scale={guidance}`" in card and "not measured with this conversion" in card
     assert f"{model.num_parameters():,} parameters" in card
 

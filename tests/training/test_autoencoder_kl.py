@@ -74,7 +74,7 @@ def test_scaled_latents_have_unit_variance(vae, pixels):
 
 
 def test_card_says_what_the_model_is_and_how_to_use_it(vae):
-    card = ModelCard(autoencoder_kl_card(vae))
+    card = ModelCard(autoencoder_kl_card(vae, "runs/vae"))
     assert card.data.tags == ["autoencoder-kl", "image-tokenizer"]
     assert f"# AutoencoderKL 8² → 4×4×{C}" in card.text
     assert "latents = posterior.sample() * vae.config.scaling_factor" in card.text

@@ -1,12 +1,10 @@
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from PIL import Image
 from processes import run
 from tiny import CONDITIONS, C, D, K, same_state, tiny_pipeline, tiny_pixels, tiny_transformer, tiny_vae
 
 from rq_hf.images import captioned_grid
-from rq_hf.pipelines.pipeline_rq import pipeline_card
 from rq_hf.training import RQTransformerLoss, create_transformer, effective_codewords, load_transformer
 from rq_hf.training.loop import create_accelerator
 from rq_hf.training.pipelines import drop_conditions, log_samples, validation_losses
@@ -183,10 +181,3 @@ def test_samples_are_logged_with_their_conditions(kind, arguments, captions, tmp
     assert logged.tobytes() == captioned_grid(images, captions).tobytes()
     if captions[0]:
         assert logged.tobytes() != captioned_grid(images, captions[::-1]).tobytes()
-
-
-@pytest.mark.parametrize("kind, tag", [("text", "text-to-image"), ("class", "unconditional-image-generation")])
-def test_card_says_what_the_model_is_and_how_to_use_it(kind, tag):
-    card = ModelCard(pipeline_card(tiny_transformer(kind), call='pipe("a prompt")'))
-    assert (card.data.library_name, card.data.pipeline_tag, card.data.tags) == ("rq_hf", tag, ["rq-transformer"])
-    assert 'pipe("a prompt").images' in card.text

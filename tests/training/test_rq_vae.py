@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
 from tiny import D, K, same_state, tiny_pixels, tiny_vae
 
 from rq_hf.metrics import LPIPS, codebook_usage, count_codes, psnr
-from rq_hf.training import RQVAELoss, initialize_codebook, rqvae_card
+from rq_hf.training import RQVAELoss, initialize_codebook
 from rq_hf.training.rq_vae import reconstruction_grid, reconstructions, validation_metrics
 
 
@@ -101,10 +100,3 @@ def test_first_codebook_is_the_k_means_of_the_features(pixels):
     torch.manual_seed(0)
     other.quantizer.initialize(other.encode_to_vectors(pixels).detach())
     assert same_state(vae, other)
-
-
-def test_card_says_what_the_model_is_and_how_to_use_it():
-    card = ModelCard(rqvae_card(tiny_vae()))
-    assert (card.data.library_name, card.data.tags) == ("rq_hf", ["rq-vae", "image-tokenizer"])
-    assert f"# RQ-VAE 8² → 4×4×{D}, {K} codewords" in card.text
-    assert "codes = vae.get_codes(pixels)" in card.text

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..model_cards import RQVAE_USAGE, model_card, pipeline_usage
 from ..models import MARTransformerConfig, RQTransformerConfig, RQVAEModel
 from ..pipelines import RQPipeline
 
@@ -20,25 +19,21 @@ The weights that the authors released, © Kakao Brain Corp., are under
 Apache-2.0."""
 
 
-def conversion_card(model: RQPipeline | RQVAEModel) -> str:
-    """A card with valid Hub metadata, code that loads the model, its sizes, and the licence of the weights."""
-    if isinstance(model, RQVAEModel):
-        tags, task = ["rq-vae", "image-tokenizer"], None
-        title = "RQ-VAE"
-        usage = RQVAE_USAGE
-    else:
-        tags, title = ["rq-vae", "rq-transformer"], "RQ-VAE and RQ-Transformer"
-        task = "text-to-image" if model.is_text_conditional else "unconditional-image-generation"
-        usage = pipeline_usage(f"{model.example_call}.images[0]")
+def conversion_card(model: RQPipeline | RQVAEModel, place: str) -> str:
+    """A card with valid Hub metadata, code that loads the model from `place`, its sizes, and the licence of the
+    weights."""
+    sections = {}
+    if isinstance(model, RQPipeline):
+        sections = {"call": f"image = {model.example_call}.images[0]", "tags": ["rq-vae", "rq-transformer"]}
     facts = "\n".join(f"* {fact}" for fact in sizes(model))
-    return model_card(
-        title,
-        usage,
+    return model.card(
+        place,
         introduction=INTRODUCTION,
         details=f"{facts}\n\n{LICENCE}",
-        license="cc-by-nc-sa-4.0",
-        pipeline_tag=task,
-        tags=tags,
+        license="other",
+        license_name="cc-by-nc-sa-4.0",
+        license_link="https://creativecommons.org/licenses/by-nc-sa/4.0/",
+        **sections,
     )
 
 

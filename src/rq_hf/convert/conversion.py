@@ -70,6 +70,7 @@ def convert_checkpoints(
     source, destination, rqvae, rqtransformer, ema, tokenizer
 ) -> tuple[RQPipeline | RQVAEModel, dict[str, list[str]], Path | None]:
     """[`convert_original_checkpoint`], which also returns what it ignored of each file, and the real destination."""
+    place = str(destination)
     destination = None if destination is None else Path(os.path.realpath(destination))
     with working_folder(destination) as scratch:
         checkpoints = gather_checkpoints(source, rqvae, rqtransformer, scratch / "archive")
@@ -85,7 +86,7 @@ def convert_checkpoints(
         else:
             model, weights = vae, None
 
-        model = with_weights(model, weights, conversion_card(model), scratch / "finished", destination)
+        model = with_weights(model, weights, conversion_card(model, place), scratch / "finished", destination)
     ignored = {}
     for checkpoint in checkpoints.values():
         ignored[checkpoint.label] = checkpoint.unused

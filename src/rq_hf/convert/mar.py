@@ -93,6 +93,7 @@ def convert_mar_checkpoints(
     if checkpoint is None and vae is None:
         raise ValueError("nothing to convert: give checkpoint or vae")
 
+    place = str(destination)
     destination = None if destination is None else Path(os.path.realpath(destination))
     autoencoder = weights = None
     ignored = {}
@@ -117,7 +118,7 @@ def convert_mar_checkpoints(
             sides = zip(transformer.config.latent_shape[1:], pixels_per_latent(autoencoder))
             autoencoder.register_to_config(sample_size=min(side * pixels for side, pixels in sides))
             model = MARPipeline(autoencoder, transformer, default_scheduler())
-        model = with_weights(model, weights, mar_card(model), scratch / "finished", destination)
+        model = with_weights(model, weights, mar_card(model, place), scratch / "finished", destination)
     return model, ignored, destination
 
 

@@ -2,7 +2,7 @@
 
 from diffusers import AutoencoderKL
 
-from ..model_cards import model_card, pipeline_usage
+from ..model_cards import MAR_CITATION, model_card, quoted
 from ..models import MARTransformerConfig, MARTransformerModel
 from ..models.mar_transformer import MARStackConfig
 from ..pipelines import MARPipeline
@@ -37,39 +37,36 @@ This model has the sizes of {name}. Of their checkpoint of {name}, the authors
 with `num_iterations=256`, `num_inference_steps=100`, `temperature=1.0`, `guidance_scale={guidance_scale}` and the
 linear guidance schedule. The figures are theirs; they were not measured with this conversion."""
 
-AUTOENCODER_USAGE = """from diffusers import AutoencoderKL
+AUTOENCODER_USAGE = """import torch
+from diffusers import AutoencoderKL
 
-vae = AutoencoderKL.from_pretrained(...)
-distribution = vae.encode(pixels).latent_dist  # of pixels (B, 3, height, width) in [-1, 1]
-latents = distribution.sample() * vae.config.scaling_factor
+vae = AutoencoderKL.from_pretrained({place})
+pixels = torch.rand(1, 3, 256, 256) * 2 - 1  # images in [-1, 1], here of noise
+latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
 pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
-TRANSFORMER_USAGE = """from rq_hf import MARTransformerModel
-
-transformer = MARTransformerModel.from_pretrained(...)
-latents = transformer.generate(cond_ids, guidance_scale=3.0)  # classes (B,) -> (B, channels, height, width)"""
 
 
-def mar_card(model: MARPipeline | MARTransformerModel | AutoencoderKL) -> str:
-    """A card with valid Hub metadata, code that loads the model, its sizes, the authors' figures for a model of these
-    sizes, and what is known of the licence."""
-    task, figures = "unconditional-image-generation", ""
-    if isinstance(model, AutoencoderKL):
-        title, usage, tags, task = "KL autoencoder", AUTOENCODER_USAGE, ["image-tokenizer"], None
-    else:
-        title, usage, tags = "MAR with diffusion loss", TRANSFORMER_USAGE, ["mar", "diffusion-loss"]
-        if isinstance(model, MARPipeline):
-            usage = pipeline_usage(f"{model.example_call}.images[0]", pipeline="MARPipeline")
-        figures = published_figures(getattr(model, "transformer", model).config)
+def mar_card(model: MARPipeline | MARTransformerModel | AutoencoderKL, place: str) -> str:
+    """A card with valid Hub metadata, code that loads the model from `place`, its sizes, the authors' figures for a
+    model of these sizes, and what is known of the licence."""
     facts = "\n".join(f"* {fact}" for fact in mar_sizes(model))
-    return model_card(
-        title,
-        usage,
-        introduction=INTRODUCTION,
-        details="\n\n".join(filter(None, (facts, figures, LICENCE))),
-        license="mit",
-        pipeline_tag=task,
-        tags=tags,
-    )
+    figures = ""
+    if not isinstance(model, AutoencoderKL):
+        figures = published_figures(getattr(model, "transformer", model).config)
+    sections = {
+        "introduction": INTRODUCTION,
+        "details": "\n\n".join(filter(None, (facts, figures, LICENCE))),
+        "license": "other",
+        "license_name": "mit",
+        "license_link": "https://github.com/LTH14/mar/blob/main/LICENSE",
+        "tags": ["mar", "diffusion-loss"],
+    }
+    if isinstance(model, AutoencoderKL):
+        usage = AUTOENCODER_USAGE.format(place=quoted(place))
+        return model_card("KL autoencoder", usage, **sections | {"tags": ["image-tokenizer"]}, citation=MAR_CITATION)
+    if isinstance(model, MARPipeline):
+        sections["call"] = f"image = {model.example_call}.images[0]"
+    return model.card(place, **sections)
 
 
 def published_figures(config: MARTransformerConfig) -> str:

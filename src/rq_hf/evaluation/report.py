@@ -2,13 +2,11 @@
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, RepoCard
@@ -36,6 +34,7 @@ from ..metrics.statistics import (
     check_sha256,
     check_text,
 )
+from ..model_cards import find_versions
 from ..untrusted_files import check_contents_are_there, one_line, shown, shown_first
 
 NAMES = {
@@ -57,7 +56,6 @@ NAMES = {
 }
 OF_REFERENCE = {"fid", "frechet_distance", "fd_infinity", "kid", "cmmd", "precision", "recall"}
 OF_NETWORK = OF_REFERENCE | {"inception_score", "clip_score", "class_accuracy", "lpips"}
-LIBRARIES = ("rq_hf", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Report:
     uint8_rule: str
     sampler: dict
     seeds: list[int]
-    versions: dict[str, str] = field(default_factory=lambda: find_versions())
+    versions: dict[str, str] = field(default_factory=find_versions)
     command: str = field(default_factory=lambda: shlex.join(sys.argv))
     date: str = field(default_factory=lambda: datetime.now().astimezone().isoformat(timespec="seconds"))
     figures: list[Figure] = field(default_factory=list)
@@ -375,7 +373,3 @@ def describe(reference: dict | None) -> str:
 
 def in_words(settings: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-
-
-def find_versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

@@ -8,12 +8,29 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..argument_checks import check_dense, check_int64, check_range, check_size
+from ..model_cards import HubMixin, model_card, quoted, with_card
 from .offloading import unless_on_disk
 from .pretrained import check_loading_info, reading
 
 
-class ConditionalModelMixin:
+class ConditionalModelMixin(HubMixin):
     """For a [`~transformers.PreTrainedModel`] whose config has `cond_vocab_size`, `cond_length` and `null_cond_id`."""
+
+    summary: str  # what the model is, for cards
+    card_sections: dict  # further arguments of `model_card`: tags and citation
+
+    def card(self, model: str, **sections) -> str:
+        """See [`HubMixin.card`]."""
+        length, name = self.config.cond_length, type(self).__name__
+        needed, call = "", "transformer.generate(num_images=1)"
+        if self.config.cond_vocab_size > 1:
+            needed, kind = "import torch\n", "token ids" if length > 1 else "classes"
+            call = f"transformer.generate(torch.zeros(1, {length}, dtype=torch.int64))  # of {kind} (B, {length})"
+        usage = f"""{needed}from rq_hf import {name}
+
+transformer = {name}.from_pretrained({quoted(model)})
+sample = {call}"""
+        return model_card(self.summary, usage, **self.card_sections | sections)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -33,7 +50,7 @@ class ConditionalModelMixin:
             check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
 
-    save_pretrained = unless_on_disk(PreTrainedModel.save_pretrained)
+    save_pretrained = with_card(unless_on_disk(PreTrainedModel.save_pretrained))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers: V condition ids become `new_num_tokens`, and the config says so.

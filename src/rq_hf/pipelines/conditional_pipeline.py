@@ -52,6 +52,11 @@ class ConditionalPipelineMixin:
         return encode_prompts(self.tokenizer, as_list(prompt), length)
 
     @property
+    def task(self) -> str:
+        """The task of the Hub."""
+        return "text-to-image" if self.is_text_conditional else "unconditional-image-generation"
+
+    @property
     def example_call(self) -> str:
         """A Python expression that samples from `pipe`, for model cards."""
         if self.is_text_conditional:

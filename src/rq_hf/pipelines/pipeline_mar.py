@@ -28,7 +28,6 @@ from ..argument_checks import (
     check_size,
     check_values,
 )
-from ..model_cards import model_card, pipeline_usage
 from ..models import MARTransformerConfig, MARTransformerModel, RQVAEModel, continuous_latents
 from ..models.continuous_latents import Autoencoder
 from ..models.mar_transformer.denoising import NumSteps, check_scheduler, num_steps_of
@@ -39,7 +38,6 @@ from .conditions import (
     ClassLabels,
     check_conditions,
     encode_conditions,
-    is_text_conditional,
 )
 from .image_inputs import mask_tokens, prepare_image, prepare_mask_image
 from .lora import TransformerLoraMixin
@@ -403,12 +401,6 @@ class MARPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixi
             raise ValueError(f"{name} must be one, or one per sampled image ({num_samples}), got {tuple(rows.shape)}")
         return rows.expand(num_samples, *rows.shape[1:])
 
-    def card(self, repo_id: str | None = None, call: str | None = None) -> str:
-        """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""
-        self._require("transformer")
-        place = "..." if repo_id is None else f'"{repo_id}"'
-        return pipeline_card(self.transformer, call or self.example_call, place)
-
     def compile(self) -> None:
         """
         Speeds up sampling on a CPU, and decoding; latents stay the same, up to rounding.
@@ -478,19 +470,6 @@ class MARPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixi
         """Images, encoded (see [`encode_image`] for `resize`) and decoded."""
         check_choice("output_type", output_type, IMAGE_TYPES)
         return self.decode_latents(self.encode_image(image, resize), output_type)
-
-
-def pipeline_card(transformer: MARTransformerModel, call: str, model: str = "...") -> str:
-    """The model card of a pipeline; `call` is the Python expression that samples from `pipe`, `model` that of its
-    place."""
-    config = transformer.config
-    height, width = config.grid_size
-    return model_card(
-        f"MAR on {height}×{width} tokens of {config.token_dim} numbers, {transformer.num_parameters():,} parameters",
-        pipeline_usage(f"{call}.images", model, "MARPipeline"),
-        pipeline_tag="text-to-image" if is_text_conditional(config) else "unconditional-image-generation",
-        tags=["mar"],
-    )
 
 
 def unwrapped(vae: Autoencoder) -> Autoencoder:

@@ -17,7 +17,6 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizerBase
 
 from ..argument_checks import check_choice, check_instance, check_size
-from ..model_cards import model_card, pipeline_usage
 from ..models import RQTransformerConfig, RQTransformerModel, RQVAEModel
 from ..models.random_numbers import Generators, check_generator
 from ..models.rq_transformer.generation_settings import PerDepth, check_prefix
@@ -26,7 +25,6 @@ from .conditions import (
     ClassLabels,
     check_conditions,
     encode_conditions,
-    is_text_conditional,
 )
 from .image_inputs import prepare_image
 from .lora import TransformerLoraMixin
@@ -314,12 +312,6 @@ class RQPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixin
 
         return RQPipelineOutput(images=images, codes=codes) if return_dict else (images, codes)
 
-    def card(self, repo_id: str | None = None, call: str | None = None) -> str:
-        """See [`PublishingMixin.card`]. Raises `ValueError` without a transformer."""
-        self._require("transformer")
-        place = "..." if repo_id is None else f'"{repo_id}"'
-        return pipeline_card(self.transformer, call or self.example_call, place)
-
     def compile(self) -> None:
         """
         Speeds up sampling and decoding several times on the pipeline's current device; codes stay the same, but in low
@@ -386,18 +378,6 @@ class RQPipeline(ConditionalPipelineMixin, PublishingMixin, TransformerLoraMixin
         every position."""
         check_choice("output_type", output_type, IMAGE_TYPES)
         return self.decode_codes(self.encode_image(image, resize), depth=depth, output_type=output_type)
-
-
-def pipeline_card(transformer: RQTransformerModel, call: str, model: str = "...") -> str:
-    """The model card of a pipeline; `call` is the Python expression that samples from `pipe`, `model` that of its
-    place."""
-    height, width, depth = transformer.config.code_shape
-    return model_card(
-        f"RQ-Transformer on {height}×{width}×{depth} codes, {transformer.num_parameters():,} parameters",
-        pipeline_usage(f"{call}.images", model),
-        pipeline_tag="text-to-image" if is_text_conditional(transformer.config) else "unconditional-image-generation",
-        tags=["rq-transformer"],
-    )
 
 
 def check_same_codes(vae: RQVAEModel, transformer: RQTransformerModel) -> None:

@@ -2,22 +2,24 @@
 
 import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..model_cards import upload_with_card
+from ..model_cards import HubMixin, model_card, pipeline_usage, with_card
 
 LOADER_FILE = "pipeline.py"
-LOADER = """import rq_hf
+LOADER = """try:
+    import rq_hf
+except ModuleNotFoundError as error:
+    raise ImportError("this pipeline needs the package rq_hf: pip install rq_hf") from error
 
 Pipeline = rq_hf.{name}
 """
 
 
-class PublishingMixin:
+class PublishingMixin(HubMixin):
     """
     Saving and publishing of a [`~diffusers.DiffusionPipeline`] whose class is in `rq_hf`.
 
@@ -25,61 +27,33 @@ class PublishingMixin:
     trust_remote_code=True)` works without `import rq_hf`. Everyone else needs neither the file nor the argument.
     """
 
-    def card(self, repo_id: str | None = None, call: str | None = None) -> str:
-        """The model card of the pipeline, published as `repo_id`; `call` is the Python expression that samples from
-        `pipe`."""
-        raise NotImplementedError
+    def card(self, model: str, call: str | None = None, **sections) -> str:
+        """See [`HubMixin.card`]; `call` is the Python code that samples `images` from `pipe`. Raises `ValueError`
+        without a transformer."""
+        self._require("transformer")
+        usage = pipeline_usage(call or f"images = {self.example_call}.images", model, own_class(self))
+        sections = {"pipeline_tag": self.task} | self.transformer.card_sections | sections
+        return model_card(self.transformer.summary, usage, **sections)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
+    @with_card
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
-        See [`~diffusers.DiffusionPipeline.save_pretrained`]. With `push_to_hub`, the repository gets a model card
-        unless it has one: that of the folder, or one made for the pipeline.
+        See [`~diffusers.DiffusionPipeline.save_pretrained`] and, for `push_to_hub`, [`with_card`].
 
         Raises `ValueError` for components that diffusers would leave out, such as a model with an adapter.
         """
         check_savable(self.components)
-        hub = {
-            name: kwargs.pop(name) for name in ("token", "private", "create_pr", "commit_message") if name in kwargs
-        }
-        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
-        if push_to_hub:
-            upload_with_card(save_directory, repo_id, self.card, **hub)
 
     def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Writes `model_index.json`, and the `pipeline.py` beside it."""
         super().save_config(save_directory, *args, **kwargs)
-        name = next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("rq_hf."))
-        Path(save_directory, LOADER_FILE).write_text(LOADER.format(name=name), encoding="utf-8")
+        Path(save_directory, LOADER_FILE).write_text(LOADER.format(name=own_class(self)), encoding="utf-8")
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> str:
-        """
-        Publishes the pipeline, and a model card for it unless the repository has one.
 
-        Raises `ValueError` without a token. The arguments are those of diffusers.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
-            return upload_with_card(
-                folder,
-                repo_id,
-                self.card,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                create_pr=create_pr,
-                subfolder=subfolder,
-            )
+def own_class(pipeline: PublishingMixin) -> str:
+    """The name of the pipeline's class, or of the one in `rq_hf` that it is derived from."""
+    return next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith("rq_hf."))
 
 
 def check_savable(components: dict) -> None:

@@ -16,11 +16,20 @@ from .autoencoder_kl import (
     AutoencoderKLForTraining,
     AutoencoderKLLoss,
     autoencoder_kl_card,
+    autoencoder_kl_grid,
     evaluate_autoencoder_kl,
     set_scaling_factor,
 )
+from .cards import count_images, save_autoencoder
 from .checkpoints import Checkpoints, save_finished
-from .conditions import ClassArguments, TextArguments, find_classes, prepare_tokenizer, set_class_names
+from .conditions import (
+    ClassArguments,
+    TextArguments,
+    example_prompts,
+    find_classes,
+    prepare_tokenizer,
+    set_class_names,
+)
 from .ema import EMA
 from .launch import check_launch
 from .loop import LossOutput, TrainingHook, create_accelerator, create_optimizer, create_scheduler, train
@@ -28,7 +37,7 @@ from .mar import MARLoss, create_mar_transformer, load_mar_transformer
 from .pipelines import save_pipeline, train_pipeline
 from .reconstruction import check_unsharded, first_pixels
 from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
-from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, rqvae_card
+from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, reconstruction_grid
 from .soft_labels import choose_soft_label_temperature, effective_codewords
 from .trackers import JSONLinesTracker, log_images
 
@@ -38,6 +47,7 @@ __all__ = [
     "MARLoss",
     "set_class_names",
     "prepare_tokenizer",
+    "example_prompts",
     "find_classes",
     "TextArguments",
     "ClassArguments",
@@ -61,6 +71,7 @@ __all__ = [
     "TransformerArguments",
     "ValidationArguments",
     "autoencoder_kl_card",
+    "autoencoder_kl_grid",
     "check_launch",
     "check_numbers",
     "check_unsharded",
@@ -70,6 +81,7 @@ __all__ = [
     "create_scheduler",
     "create_transformer",
     "effective_codewords",
+    "count_images",
     "evaluate_autoencoder_kl",
     "evaluate_reconstructions",
     "first_pixels",
@@ -78,7 +90,8 @@ __all__ = [
     "load_transformer",
     "log_images",
     "parse_arguments",
-    "rqvae_card",
+    "reconstruction_grid",
+    "save_autoencoder",
     "save_finished",
     "save_pipeline",
     "set_scaling_factor",

@@ -10,20 +10,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
 
 from ..argument_checks import check_number
 from ..metrics import LPIPS
-from ..model_cards import model_card
+from ..model_cards import MAR_CITATION, model_card, quoted
 from ..models.continuous_latents import encode_moments, latent_shape, measure_scaling_factor, sample_latents
 from .reconstruction import AutoencoderLoss, comparison_grid, reconstruction_quality, validation_means
 from .trackers import log_images
-
-USAGE = """from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained(...)
-posterior = vae.encode(pixels).latent_dist  # (B, 3, height, width) in [-1, 1]
-latents = posterior.sample() * vae.config.scaling_factor  # (B, C, H, W)
-pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
 
 
 class AutoencoderKLForTraining(torch.nn.Module):
@@ -93,9 +87,7 @@ def evaluate_autoencoder_kl(
     step: int,
 ) -> dict[str, float]:
     """Logs the pixels `shown` beside their reconstructions; returns [`validation_metrics`] of batches, if any."""
-    sample = vae.decode(vae.encode(shown.to(vae.device)).latent_dist.mode()).sample.cpu()
-    grid = comparison_grid(torch.stack([shown, sample]) / 2 + 0.5, ["original", "reconstruction"])
-    log_images(accelerator, {"reconstructions": grid}, step)
+    log_images(accelerator, {"reconstructions": autoencoder_kl_grid(vae, shown)}, step)
     return validation_metrics(vae, held_out, perceptual) if held_out else {}
 
 
@@ -110,8 +102,30 @@ def set_scaling_factor(vae: AutoencoderKL, batches: Iterable[torch.Tensor], seed
     vae.register_to_config(scaling_factor=scale)
 
 
-def autoencoder_kl_card(vae: AutoencoderKL) -> str:
-    """The model card of a trained KL tokenizer."""
-    channels, height, width = latent_shape(vae)
-    title = f"AutoencoderKL {vae.config.sample_size}² → {height}×{width}×{channels}"
-    return model_card(title, USAGE, tags=["autoencoder-kl", "image-tokenizer"])
+@torch.no_grad()
+def autoencoder_kl_grid(vae: AutoencoderKL, pixels: torch.Tensor) -> Image.Image:
+    """One row for every image of the pixels: the image and its reconstruction."""
+    sample = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu()
+    return comparison_grid(torch.stack([pixels, sample]) / 2 + 0.5, ["original", "reconstruction"])
+
+
+def autoencoder_kl_card(vae: AutoencoderKL, model: str, **sections) -> str:
+    """The model card of a KL tokenizer; `model` is the folder or Hub id that its code loads, `sections` are further
+    arguments of [`model_card`]."""
+    (channels, height, width), side = latent_shape(vae), vae.config.sample_size
+    usage = f"""import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained({quoted(model)})
+pixels = torch.rand(1, {vae.config.in_channels}, {side}, {side}) * 2 - 1  # images in [-1, 1], here of noise
+posterior = vae.encode(pixels).latent_dist
+latents = posterior.sample() * vae.config.scaling_factor  # (1, {channels}, {height}, {width})
+pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
+    title = f"AutoencoderKL {side}² → {height}×{width}×{channels}"
+    own = {
+        "about": "An autoencoder of images with continuous latents, for a MAR model "
+        "([Li et al., NeurIPS 2024](https://arxiv.org/abs/2406.11838)).",
+        "tags": ["autoencoder-kl", "image-tokenizer"],
+        "citation": MAR_CITATION,
+    }
+    return model_card(title, usage, **own | sections)

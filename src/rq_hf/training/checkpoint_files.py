@@ -15,6 +15,7 @@ from accelerate.utils import load
 from safetensors import safe_open
 
 from ..files import checksum
+from ..model_cards import first_line
 
 MANIFEST = "checkpoint.json"
 
@@ -24,10 +25,6 @@ class UnreadableFile(ValueError):
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path} cannot be read ({reason})")
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_json(path: Path, *keys: str) -> dict:

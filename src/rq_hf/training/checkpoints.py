@@ -11,16 +11,16 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from huggingface_hub import auth_check, create_repo, get_token, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import upload_folder
+from PIL import Image
 
 from ..files import atomic_folder, replace_folder
+from ..model_cards import CARD_FILE, first_line, open_repository
 from .checkpoint_files import (
     MANIFEST,
     UnreadableFile,
     check_contents,
     check_plain,
-    first_line,
     plain_data_only,
     read_json,
     read_manifest,
@@ -232,39 +232,38 @@ def create_repository(name: str) -> None:
 
     Raises `ValueError` that says what to do otherwise.
     """
-    login = "run `hf auth login`, or set HF_TOKEN, with a token that may write to it"
-    if get_token() is None:
-        reason = f"there is no token: {login}"
-    else:
-        try:
-            create_repo(name, exist_ok=True)
-            return auth_check(name, write=True)
-        except OfflineModeIsEnabled:
-            reason = "HF_HUB_OFFLINE is set: unset it"
-        except HfHubHTTPError as error:
-            reason = f"{first_line(error)}: {login}"
-        except Exception as error:
-            reason = f"the Hub cannot be reached, {type(error).__name__}: {first_line(error)}"
-    raise ValueError(
-        f"--push_to_hub cannot write to {name} ({reason}). Or train without it, and upload the finished model by "
-        f"`hf upload {name} FOLDER`"
-    )
+    try:
+        open_repository(name)
+    except ValueError as error:
+        raise ValueError(
+            f"--push_to_hub {error}. Or train without it, and upload the finished model by `hf upload {name} FOLDER`"
+        ) from error
 
 
-def save_finished(accelerator: Accelerator, model, destination: Path, card: str, upload_to: str | None = None) -> None:
+def save_finished(
+    accelerator: Accelerator,
+    model,
+    destination: Path,
+    card: str,
+    upload_to: str | None = None,
+    images: dict[str, Image.Image] | None = None,
+) -> None:
     """
     Saves a model or pipeline with its card; a folder that was there before stays as `previous-…`.
 
     Args:
         model: with `save_pretrained`; used on the main process only.
         upload_to: repository on the Hub, `user/name`, to upload it to as well; see [`create_repository`].
+        images: further files of the folder, by name, which the card shows.
 
     Raises `ConnectionError` when the upload fails; the model is saved then.
     """
     if accelerator.is_main_process:
         with atomic_folder(destination) as folder:
             model.save_pretrained(folder)
-            (folder / "README.md").write_text(card)
+            for name, image in (images or {}).items():
+                image.save(folder / name)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
         if upload_to is not None:
             try:
                 upload_folder(repo_id=upload_to, folder_path=destination, commit_message="Upload trained model")

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import caption_of, find_class_names
 from ..files import atomic_folder
-from ..text import load_tokenizer, train_tokenizer
+from ..pipelines import MARPipeline, RQPipeline
+from ..text import encode_captions, load_tokenizer, train_tokenizer
 from .arguments import RunArguments, check_numbers
 from .checkpoints import Checkpoints
 
@@ -64,6 +65,16 @@ def prepare_tokenizer(
             train_tokenizer(texts, args.tokenizer_vocab_size, args.text_length).save_pretrained(folder)
     accelerator.wait_for_everyone()
     return load_tokenizer(args.tokenizer or own, args.text_length)
+
+
+def example_prompts(pipeline: RQPipeline | MARPipeline, dataset, text_column: str, count: int = 8) -> list[str]:
+    """The first captions of a data set that are not too long for the pipeline, each once; none where all of the first
+    hundred are."""
+    columns = dataset.select_columns([text_column, "example_index"])
+    captions = dict.fromkeys(caption_of(example, text_column) for example in itertools.islice(columns, 100))
+    _, lengths = encode_captions(pipeline.tokenizer, list(captions), pipeline.transformer.config.cond_length)
+    limit = pipeline.transformer.config.cond_length
+    return [caption for caption, length in zip(captions, lengths) if 0 < length <= limit][:count]
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from PIL import Image
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,11 +18,14 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from ..data import TrainingStream
 from ..images import captioned_grid
 from ..pipelines import MARPipeline, RQPipeline
+from .cards import SAMPLES_FILE, training_sections
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
 from .trackers import log_images
 
 Pipeline = RQPipeline | MARPipeline
+
+logger = get_logger(__name__)
 
 
 class PipelineLoss(Protocol):
@@ -123,11 +128,21 @@ def evaluate_pipeline(
 
 def log_samples(accelerator: Accelerator, pipeline: Pipeline, arguments: dict, step: int) -> None:
     """Logs images that the pipeline generates, from the same seed at every step, with their prompts or classes."""
-    generator = torch.Generator(accelerator.device).manual_seed(0)
+    log_images(accelerator, {"samples": sample_grid(accelerator, pipeline, arguments)}, step)
+
+
+def sample_grid(accelerator: Accelerator, pipeline: Pipeline, arguments: dict) -> Image.Image:
+    """Images of [`sample_call`] with their prompts or classes, for the arguments of the pipeline."""
     with accelerator.autocast():
-        images = pipeline(**arguments, generator=generator).images
+        images = pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images
     captions = sample_captions(pipeline.transformer.config, len(images), **arguments)
-    log_images(accelerator, {"samples": captioned_grid(images, captions)}, step)
+    return captioned_grid(images, captions)
+
+
+def sample_call(arguments: dict) -> str:
+    """The Python code that samples the images of [`sample_grid`] from `pipe`."""
+    given = "".join(f"{name}={value!r}, " for name, value in arguments.items())
+    return f"images = pipe({given}generator=torch.Generator().manual_seed(0)).images"
 
 
 def sample_captions(
@@ -152,21 +167,34 @@ def save_pipeline(
     pipeline: Pipeline,
     state_dict: dict[str, torch.Tensor],
     destination: Path,
-    call: str,
+    samples: dict | None,
+    *,
+    configuration: dict,
+    images: int | None = None,
     upload_to: str | None = None,
 ) -> None:
     """
-    Saves a trained pipeline with its card, see [`save_finished`].
+    Saves a trained pipeline with its samples and its card, see [`save_finished`].
 
     Args:
         state_dict: of the transformer, as [`train`] returns it.
-        call: Python expression that samples from `pipe`, for the card.
+        samples: the pipeline's arguments for the samples; `None` for no samples.
+        configuration, images: see [`training_sections`].
     """
-    card = pipeline.card(call=call)
+    sections = training_sections(accelerator, configuration, images, pipeline.task)
+    files, call = {}, None
+    if samples is not None:
+        call = sample_call(samples)
+        try:
+            files[SAMPLES_FILE] = sample_grid(accelerator, pipeline, samples)
+            sections["introduction"] = f"![Samples]({SAMPLES_FILE})\n\n*Samples of this model, by the code below.*"
+        except ValueError as error:  # a model that was hardly trained; it is saved nevertheless
+            logger.warning(f"the model card has no samples: {error}", main_process_only=True)
+    card = pipeline.card(upload_to or str(destination), call, **sections)
     if isinstance(pipeline.transformer, FSDPModule) and accelerator.is_main_process:
         components = pipeline.components | {"transformer": gathered(pipeline.transformer, state_dict)}
         pipeline = type(pipeline)(**components)
-    save_finished(accelerator, pipeline, destination, card, upload_to)
+    save_finished(accelerator, pipeline, destination, card, upload_to, files)
 
 
 def gathered(sharded: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -11,7 +11,6 @@ from PIL import Image
 
 from ..argument_checks import check_number
 from ..metrics import LPIPS, codebook_usage, count_codes
-from ..model_cards import RQVAE_USAGE, model_card
 from ..models import RQVAEModel
 from .reconstruction import AutoencoderLoss, comparison_grid, reconstruction_quality, validation_means
 from .trackers import log_images
@@ -106,10 +105,3 @@ def evaluate_reconstructions(
     """Logs the [`reconstruction_grid`] of the pixels `shown`; returns [`validation_metrics`] of batches, if any."""
     log_images(accelerator, {"reconstructions": reconstruction_grid(model, shown)}, step)
     return validation_metrics(model, held_out, perceptual) if held_out else {}
-
-
-def rqvae_card(model: RQVAEModel) -> str:
-    """The model card of a trained RQ-VAE."""
-    shape = "×".join(map(str, model.code_shape))
-    title = f"RQ-VAE {model.config.sample_size}² → {shape}, {model.config.codebook_size} codewords"
-    return model_card(title, RQVAE_USAGE, tags=["rq-vae", "image-tokenizer"])

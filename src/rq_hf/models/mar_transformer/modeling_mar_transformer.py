@@ -26,6 +26,7 @@ from ...argument_checks import (
     check_shape,
     check_values,
 )
+from ...model_cards import MAR_CITATION
 from ..conditional_model import ConditionalModelMixin
 from .acceleration import MARAccelerationMixin
 from .configuration_mar_transformer import MARStackConfig, MARTransformerConfig
@@ -181,6 +182,12 @@ class MARTransformerModel(MARAccelerationMixin, MARSamplingMixin, ConditionalMod
     """
 
     _group_offload_block_modules = ["encoder", "decoder"]
+    card_sections = {
+        "about": "A masked transformer and a small diffusion model sample the continuous tokens of an image in any "
+        "order, and an autoencoder decodes them ([Li et al., NeurIPS 2024](https://arxiv.org/abs/2406.11838)).",
+        "tags": ["mar"],
+        "citation": MAR_CITATION,
+    }
 
     def __init__(self, config: MARTransformerConfig):
         check_instance("config", config, MARTransformerConfig)
@@ -202,6 +209,12 @@ class MARTransformerModel(MARAccelerationMixin, MARSamplingMixin, ConditionalMod
         self.head_position_embedding = nn.Parameter(torch.empty(config.num_tokens, decoder.hidden_size))
         self.head = MARDiffusionHead(config.head_config, config.token_dim, decoder.hidden_size)
         self.post_init()
+
+    @property
+    def summary(self) -> str:
+        height, width = self.config.grid_size
+        tokens = f"{height}×{width} tokens of {self.config.token_dim} numbers"
+        return f"MAR on {tokens}, {self.num_parameters():,} parameters"
 
     @torch.no_grad()
     def _init_weights(self, module):

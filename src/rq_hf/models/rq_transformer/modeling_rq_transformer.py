@@ -28,6 +28,7 @@ from ...argument_checks import (
     check_range,
     check_temperature,
 )
+from ...model_cards import RQ_CITATION
 from ..codes import embed_codes
 from ..conditional_model import ConditionalModelMixin
 from ..offloading import check_not_offloaded
@@ -198,6 +199,12 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, ConditionalMode
     """
 
     _group_offload_block_modules = ["spatial_stack", "depth_stack"]
+    card_sections = {
+        "about": "A transformer samples stacked codes of an image, position by position and coarse to fine, and an "
+        "RQ-VAE decodes them ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).",
+        "tags": ["rq-transformer"],
+        "citation": RQ_CITATION,
+    }
 
     def __init__(self, config: RQTransformerConfig):
         check_instance("config", config, RQTransformerConfig)
@@ -223,6 +230,11 @@ class RQTransformerModel(RQAccelerationMixin, RQGenerationMixin, ConditionalMode
         self.depth_stack = RQStack._from_config(config.depth_config)
         self.classifier = RQClassifier(config)
         self.post_init()
+
+    @property
+    def summary(self) -> str:
+        height, width, depth = self.config.code_shape
+        return f"RQ-Transformer on {height}×{width}×{depth} codes, {self.num_parameters():,} parameters"
 
     @property
     def num_positions(self) -> int:

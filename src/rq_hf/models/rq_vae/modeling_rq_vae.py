@@ -31,6 +31,7 @@ from ...argument_checks import (
     check_number,
     check_size,
 )
+from ...model_cards import RQ_CITATION, HubMixin, model_card, quoted, with_card
 from ...untrusted_files import read_state_dict, read_yaml
 from ..codes import check_codes
 from ..offloading import check_not_group_offloaded, onload_weights, unless_on_disk
@@ -67,7 +68,7 @@ class RQVAEOutput(BaseOutput):
     codebook_loss: torch.Tensor | None = None
 
 
-class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
+class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
     r"""
     A VQ-GAN encoder and decoder with residual quantization between them. With `depth=1` it is a VQ-VAE.
 
@@ -357,7 +358,28 @@ class RQVAEModel(ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMix
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors), return_dict=return_dict)
 
-    save_pretrained = unless_on_disk(ModelMixin.save_pretrained)
+    save_pretrained = with_card(unless_on_disk(ModelMixin.save_pretrained))
+
+    def card(self, model: str, **sections) -> str:
+        """See [`HubMixin.card`]."""
+        height, width, depth = self.code_shape
+        channels, side, dim = self.config.in_channels, self.config.sample_size, self.config.codebook_dim
+        usage = f"""import torch
+from rq_hf import RQVAEModel
+
+vae = RQVAEModel.from_pretrained({quoted(model)})
+pixels = torch.rand(1, {channels}, {side}, {side}) * 2 - 1  # images in [-1, 1], here of noise
+codes = vae.get_codes(pixels)  # (1, {height}, {width}, {depth})
+pixels = vae.decode_codes(codes).sample  # (1, {channels}, {side}, {side})
+vectors = vae.embed_codes(codes)  # (1, {height}, {width}, {depth}, {dim})"""
+        title = f"RQ-VAE {side}² → {height}×{width}×{depth}, {self.config.codebook_size} codewords"
+        own = {
+            "about": "An autoencoder of images whose latents are quantized to stacked codes: every feature vector "
+            "becomes a sum of codewords ([Lee et al., CVPR 2022](https://arxiv.org/abs/2203.01941)).",
+            "tags": ["rq-vae", "image-tokenizer"],
+            "citation": RQ_CITATION,
+        }
+        return model_card(title, usage, **own | sections)
 
     def enable_tiling(self) -> None:
         """Not supported: raises `NotImplementedError`."""
