@@ -57,16 +57,17 @@ def sample(pipe: RQPipeline, prompts: list[str]) -> list[Image.Image]:
 
 def card_sections(args: argparse.Namespace, captions: list[str], relation: str) -> dict:
     """
-    Arguments of [`model_card`]: training data, command and hyper-parameters as `details`, and a `base_model` that is on
-    the Hub.
+    Arguments of [`model_card`]: training data, command and hyper-parameters as `details`, and a `base_model` that is
+    on the Hub.
 
     Args:
         relation: of this model to the base model, as the Hub names it.
     """
     details = f"""## Training data
 
-{len(captions)} images, the PNG files in `{args.images}`: {", ".join(captions)}. Every batch also had samples of the base
-model for other prompts, lest it forget them: {", ".join(args.keep)}.
+{len(captions)} images, the PNG files in `{args.images}`: {", ".join(captions)}.
+
+Every batch also had samples of the base model for other prompts, lest it forget them: {", ".join(args.keep)}.
 
 ## Training
 
@@ -137,11 +138,12 @@ def main() -> None:
         "the training, and what it makes of them with the adapter, by the code below.*",
         pipeline_tag=pipe.task,
         tags=["rq-transformer", "lora"],
+        citation=model.card_sections["citation"],
         **card_sections(args, captions, "adapter"),
     )
-    rows = {"given": images.values(), "before": before, "after": sample(pipe, captions)}
-    cells = [f"{name}: {caption}" for name in rows for caption in captions]
-    save_card(adapter, card, captioned_grid([image for row in rows.values() for image in row], cells, columns=len(images)))
+    shown = [*images.values(), *before, *sample(pipe, captions)]
+    cells = [f"{name}: {caption}" for name in ("given", "before", "after") for caption in captions]
+    save_card(adapter, card, captioned_grid(shown, cells, columns=len(images)))
 
     pipe.fuse_lora()
     pipe.unload_lora_weights()

@@ -93,7 +93,8 @@ def test_generate_saves_the_images_of_the_seeds_and_says_where(saved, tmp_path):
 def test_generate_takes_the_settings_of_mar(tmp_path):
     pipe = tiny_mar_pipeline("text")
     pipe.save_pretrained(tmp_path / "model")
-    settings = ["--num-iterations", "2", "--num-inference-steps", "3,2", "--guidance-scale", "2", "--temperature", "0.9"]
+    settings = ["--num-iterations", "2", "--num-inference-steps", "3,2"]
+    settings += ["--guidance-scale", "2", "--temperature", "0.9"]
     outcome = run(tmp_path, "generate", "model", "red apple", *settings, "--seed", "5")
     assert outcome.code == 0, outcome.output
     (image,) = pipe(
@@ -151,7 +152,7 @@ def test_nothing_is_overwritten(tmp_path):
         (["red apple", "-n", "2", "--seed", str(2**32 - 1)], "seeds must lie in [0, 2**32)"),
         (["red apple", "--temperature", "hot"], "--temperature"),
         (["red apple", "--temperature", "0"], "temperature must be greater than 0, got 0.0"),
-        (["red apple", "--top-k", "5,x"], "--top-k: must be a whole number, or several with commas between, got '5,x'"),
+        (["red apple", "--top-k", "5,x"], "must be a whole number, or several with commas between, got '5,x'"),
         (["red apple", "--top-k", "5,4"], "top_k must be a number or one per depth (4), got 2 values"),
         (["red apple", "--device", "tpu"], "--device must be "),
         (["red apple", "--num-iterations", "2"], "--num-iterations is not a setting of RQPipeline"),

@@ -120,7 +120,8 @@ def test_example_learns_new_words(tmp_path):
     assert f"weights, for `{tmp_path / 'model'}`" in card.text and card.data.base_model is None
     assert "| learning_rate | 0.02 |" in card.text and f"python {EXAMPLE} " in card.text and "red fire" in card.text
     card, images = execute(tmp_path / "out" / "pipeline")
-    assert Image.open(tmp_path / "out" / "pipeline" / "samples.png").tobytes() == captioned_grid(images, prompts).tobytes()
+    shown = captioned_grid(images, prompts)
+    assert Image.open(tmp_path / "out" / "pipeline" / "samples.png").tobytes() == shown.tobytes()
     assert "with a LoRA adapter merged" in card.text
 
     again = subprocess.run([sys.executable, *command], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What loads saved folders without `import rq_hf`: a line for `trust_remote_code=True` and, on request, our own code."""
+"""What loads saved folders without `import rq_hf`, for `trust_remote_code=True`: a line or, on request, our code."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ FILE = "code_rq.py"
 PACKAGE = Path(__file__).parents[1]
 LAYERS = ("models", "pipelines", "convert", "presets")  # what `import rq_hf` needs, beside the modules at the top
 # The code file is this, VERSION and FILES, and the rest.
-CODE_START = '''"""The package rq_hf, for machines where it is not installed; `save_pretrained(..., with_code=True)` wrote this.
+CODE_START = '''"""The package rq_hf, for machines without it, as `save_pretrained(..., with_code=True)` wrote it.
 
 `from rq_hf_code import rq_hf` writes FILES, those of the package, to a temporary folder and imports it from there.
 Where rq_hf is installed, that one is used.
@@ -28,7 +28,7 @@ import warnings
 from pathlib import Path
 
 '''
-CODE_END = '''
+CODE_END = """
 try:
     import rq_hf
 except ModuleNotFoundError as error:
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 else:
     if rq_hf.__version__ != VERSION:
         warnings.warn(f"rq_hf {rq_hf.__version__} is used; with this model comes the code of rq_hf {VERSION}")
-'''
+"""
 
 
 class LoaderFileMixin:
