@@ -44,10 +44,14 @@ def line_of(name: str, source: Path) -> int:
 
 
 def source_page(path: Path) -> str:
-    """A source as Markdown, left out of the search."""
-    language = {".py": "python", ".cff": "yaml"}.get(path.suffix, "text")
-    text = path.read_text(encoding="utf-8")
-    return f"---\nsearch:\n  exclude: true\n---\n# {path.name}\n\n~~~~{language}\n{text}~~~~\n"
+    """A source as a page with an anchor at every line, left out of the search."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import get_lexer_for_filename
+
+    lexer = get_lexer_for_filename({".cff": "citation.yaml"}.get(path.suffix, path.name))
+    code = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(lineanchors="line"))
+    return f"---\nsearch:\n  exclude: true\n---\n# {path.name}\n\n{code}"
 
 
 def on_files(files, config):
@@ -75,7 +79,7 @@ def on_page_markdown(markdown, page, config, files):
         if files.get_file_from_path(f"{path.relative_to(ROOT).as_posix()}.md") is None:
             return match[0]
         symbol = SYMBOL.fullmatch(match["text"])
-        anchor = f"#__codelineno-0-{line_of(symbol[1], path)}" if symbol and path.suffix == ".py" else ""
+        anchor = f"#line-{line_of(symbol[1], path)}" if symbol and path.suffix == ".py" else ""
         return f"[{match['text']}]({match['target']}.md{anchor})"
 
     return LINK.sub(link, markdown)

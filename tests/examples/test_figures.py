@@ -19,7 +19,7 @@ SOURCES = {  # of a manifest: scripts and models
     "readme/make_readme_figures": ([ROOT / "README.md"], [EMOJI, MAR_EMOJI]),
 }
 BY_TRAINING = {  # made by benchmarks, examples/train_lora.py and docs/plot_curves.py
-    IMAGES / name for name in ("curves.png", "labels.png", "lora.png", "rate_distortion.png")
+    IMAGES / name for name in ("curves.png", "first_training.png", "labels.png", "lora.png", "rate_distortion.png")
 }
 
 
