@@ -6,15 +6,16 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from rq_hf.files import checksum
+
 PYTHON_BLOCK = re.compile(rb"^```python\n.*?^```$", re.MULTILINE | re.DOTALL)
 
 
 def sha256(path: Path) -> str:
-    """Of a file; of a page, only its Python counts."""
-    content = path.read_bytes()
+    """Of a script, or of the Python in a page."""
     if path.suffix == ".md":
-        content = b"\n".join(PYTHON_BLOCK.findall(content))
-    return hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(b"\n".join(PYTHON_BLOCK.findall(path.read_bytes()))).hexdigest()
+    return checksum(path)
 
 
 def model_files(model: Path) -> list[Path]:
@@ -24,11 +25,12 @@ def model_files(model: Path) -> list[Path]:
 
 def manifest(scripts: Iterable[Path], models: Iterable[Path], figures: Iterable[Path]) -> dict[str, dict[str, str]]:
     """SHA-256 of the scripts, of the files of the models and of the figures, by name."""
-    files = {f"{model.name}/{path.relative_to(model)}": path for model in models for path in model_files(model)}
     return {
         "scripts": {path.name: sha256(path) for path in scripts},
-        "models": {name: sha256(path) for name, path in files.items()},
-        "figures": {path.name: sha256(path) for path in figures},
+        "models": {
+            f"{m.name}/{path.relative_to(m).as_posix()}": checksum(path) for m in models for path in model_files(m)
+        },
+        "figures": {path.name: checksum(path) for path in figures},
     }
 
 

@@ -129,7 +129,9 @@ def test_the_site_has_no_broken_link_and_loads_nothing_from_elsewhere(site):
             target = target / "index.html" if target.is_dir() else target
             if url.scheme or url.netloc:
                 continue
-            if not target.is_file() or (url.fragment and target in site and unquote(url.fragment) not in site[target].ids):
+            if not target.is_file() or (
+                url.fragment and target in site and unquote(url.fragment) not in site[target].ids
+            ):
                 broken.append(f"{page.name}: {link}")
     assert not broken, "\n".join(broken)
 
