@@ -1,6 +1,6 @@
-"""Draw the curves of docs/first-training.md: PSNR of a stage 1 and cross-entropy of a stage 2, from their logs.
+"""Draw the curves of docs/first-training.md: PSNR of stage 1 and cross-entropy of stage 2, from their logs.
 
-python docs/plot_curves.py --rqvae runs/rqvae/log.jsonl --transformer runs/t2i/log.jsonl --output docs/images/curves.png
+python docs/plot_curves.py --rqvae runs/rqvae/log.jsonl --transformer runs/t2i/log.jsonl --output curves.png
 """
 
 import argparse

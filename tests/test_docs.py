@@ -1,4 +1,4 @@
-"""Every code block of README, CONTRIBUTING, docs and cards is run here, or says why it cannot be; links are followed."""
+"""Every code block of README, CONTRIBUTING, docs and cards is run, or says why it cannot be; links are followed."""
 
 import importlib
 import runpy
