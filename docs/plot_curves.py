@@ -35,7 +35,8 @@ def main() -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     curves = read_curves(args.rqvae)
     left.plot(*curves["psnr"], label="training")
-    left.plot(*curves["validation/psnr"], "o-", label="held out")
+    if "validation/psnr" in curves:
+        left.plot(*curves["validation/psnr"], "o-", label="held out")
     left.set(title="stage 1", ylabel="PSNR (dB)", xlabel="step")
     curves = read_curves(args.transformer)
     for name in sorted(name for name in curves if name.startswith("loss_depth_")):
