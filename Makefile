@@ -19,6 +19,7 @@ help: ## list these targets
 demo: $(READY) ## sample images: make demo PROMPT="fire engine" MODEL=mar
 	@$(PY) examples/demo.py --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT")
 
+docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY) ## build the documentation as a site: site/index.html
 	$(PY) -m mkdocs build --strict --quiet
 

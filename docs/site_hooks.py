@@ -50,7 +50,7 @@ def source_page(path: Path) -> str:
     from pygments.lexers import get_lexer_for_filename
 
     lexer = get_lexer_for_filename({".cff": "citation.yaml"}.get(path.suffix, path.name))
-    code = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(lineanchors="line"))
+    code = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(lineanchors="line", wrapcode=True))
     return f"---\nsearch:\n  exclude: true\n---\n# {path.name}\n\n{code}"
 
 
