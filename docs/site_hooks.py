@@ -51,7 +51,7 @@ def source_page(path: Path) -> str:
 
     lexer = get_lexer_for_filename({".cff": "citation.yaml"}.get(path.suffix, path.name))
     code = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(lineanchors="line", wrapcode=True))
-    return f"---\nsearch:\n  exclude: true\n---\n# {path.name}\n\n{code}"
+    return f"---\nhide: [toc]\nsearch: {{exclude: true}}\n---\n# {path.name}\n\n{code}"
 
 
 def on_files(files, config):
