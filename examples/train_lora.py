@@ -81,7 +81,7 @@ Every batch also had samples of the base model for other prompts, lest it forget
 
 </details>"""
     metadata = {"base_model": args.model, "base_model_relation": relation} if is_hub_id(args.model) else {}
-    return {"details": details, **metadata}
+    return {"details": details.replace(EMOJI_MODEL, "rq_hf.EMOJI_MODEL"), **metadata}
 
 
 def save_card(folder: Path, card: str, samples: Image.Image) -> None:
