@@ -11,13 +11,17 @@ SOURCES := $(wildcard src examples docs tests benchmarks)
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo test test-floors test-newest quality style
+.PHONY: help demo docs test test-floors test-newest quality style
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## sample images: make demo PROMPT="fire engine" MODEL=mar
 	@$(PY) examples/demo.py --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT")
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY) ## build the documentation as a site: site/index.html
+	$(PY) -m mkdocs build --strict --quiet
 
 test: export HF_HUB_OFFLINE = 1
 test: $(READY) ## run all tests: make test PYTEST_ARGS="-k quantizer"

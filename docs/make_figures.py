@@ -90,7 +90,7 @@ def main() -> None:
     for name, figure in figures.items():
         figure.save(args.output_dir / name)
     made = [args.card_image, *(args.output_dir / name for name in figures)]
-    write_manifest(args.output_dir / "make_figures.json", [Path(__file__), DEMO], args.model, made)
+    write_manifest(args.output_dir / "make_figures.json", [Path(__file__), DEMO], [args.model], made)
 
 
 if __name__ == "__main__":

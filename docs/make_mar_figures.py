@@ -63,7 +63,7 @@ def main() -> None:
     image_grid(inpaintings(pipe, images), columns=5).save(args.card_image)
     image_grid(variations(pipe, images), columns=5).save(args.output_dir / "mar_variations.png")
     made = [args.card_image, args.output_dir / "mar_variations.png"]
-    write_manifest(args.output_dir / "make_mar_figures.json", [Path(__file__)], args.model, made)
+    write_manifest(args.output_dir / "make_mar_figures.json", [Path(__file__)], [args.model], made)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ TEXT = """# Published figures and how to compute them
 
 `python docs/make_protocols.py --output docs/evaluation-protocols.md` writes this page from
 `src/rq_hf/evaluation/protocols.json`. `--protocol NAME` of `examples/evaluate_generation.py` sets the options of a
-protocol; options given as well override them. The figures are the authors', see the [cards](../model_cards); none of
+protocol; options given as well override them. The figures are the authors', see the cards; none of
 these commands has been run with the published weights yet.
 
 {table}

@@ -91,6 +91,17 @@ def assume_photos(folder: Path) -> None:
     tiny_kl().save_pretrained(folder / "runs/kl/vae")
 
 
+def assume_captioned_folder(folder: Path) -> None:
+    """Images with the table of their captions."""
+    (folder / "photos").mkdir()
+    for path in ("1.png", "2.jpg"):
+        Image.fromarray(np.random.default_rng(0).integers(256, size=(70, 90, 3), dtype=np.uint8)).save(
+            folder / "photos" / path
+        )
+    (table,) = (block for block in read_blocks(ROOT / "docs/first-training.md") if block.language == "csv")
+    (folder / "photos/metadata.csv").write_text(table.code)
+
+
 def assume_cifar10(folder: Path) -> None:
     """The file of held-out images, and a trained RQ-VAE with four codes per position."""
     pixels = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
@@ -108,6 +119,7 @@ def assume_images(folder: Path) -> dict:
 ASSUMPTIONS: dict[str, Callable[[Path], dict | None]] = {
     "README": assume_published_model,
     "data": assume_photos,
+    "first-training": assume_captioned_folder,
     "rate-distortion": assume_cifar10,
     "cifar10-classifier": assume_images,
 }

@@ -3,6 +3,7 @@ import torch
 from number_training import assert_equal
 from torch import nn
 
+from rq_hf import ResidualQuantizer
 from rq_hf.training import EMA
 
 
@@ -20,6 +21,16 @@ class TestEMA:
                     expected[name] = decay * expected[name] + (1 - decay) * tensor
             ema.update()
         torch.testing.assert_close(ema.state_dict()["average"], expected)
+
+    def test_codebooks_are_copied(self):
+        model = nn.Sequential(nn.Linear(4, 4), ResidualQuantizer(codebook_size=8, codebook_dim=4, depth=2))
+        ema = EMA(model, decay=0.9)
+        for _ in range(3):  # of two vectors each, so that most codewords are restarted every time
+            nn.init.normal_(model[0].weight)
+            model(torch.randn(2, 4))
+            ema.update()
+        assert_equal(model[1].state_dict(), {n.removeprefix("1."): t for n, t in ema.average.items() if n[0] == "1"})
+        assert not torch.equal(model[0].weight, ema.average["0.weight"])
 
     def test_warms_up(self):
         model = nn.Linear(1, 1, bias=False)

@@ -48,6 +48,7 @@ class Protocol:
 
 
 def read_protocols() -> dict[str, Protocol]:
+    """All protocols by name."""
     values = json.loads(FILE.read_text(encoding="utf-8"))
     return {
         name: Protocol(

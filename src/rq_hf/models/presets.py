@@ -5,6 +5,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "presets"
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+"""The names of the published models."""
 
 
 def load_preset(name: str, section: str) -> dict:

@@ -92,7 +92,7 @@ class RunArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Defaults for a small data set, see docs/small-data.md; options given as well override them.",
+            "help": "Defaults for a small data set, see docs/first-training.md; options given as well override them.",
             "choices": sorted(path.stem for path in PRESETS.glob("*.json")),
         },
     )

@@ -17,6 +17,8 @@ from .checkpoints import Checkpoints
 
 @dataclass
 class TextArguments:
+    """Options for captions and their tokenizer."""
+
     _argument_group_name = "text"
 
     text_column: str = field(default="text", metadata={"help": "Column with the captions."})
@@ -79,6 +81,8 @@ def example_prompts(pipeline: RQPipeline | MARPipeline, dataset, text_column: st
 
 @dataclass
 class ClassArguments:
+    """Options for classes; without a column of them, there is no condition."""
+
     _argument_group_name = "classes"
 
     label_column: str | None = field(

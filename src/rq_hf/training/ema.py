@@ -22,7 +22,8 @@ def gather_full(tensor: torch.Tensor) -> torch.Tensor:
 class EMA:
     """
     Exponential moving average of all floating-point tensors of a model's state, parameters *and* buffers; other
-    tensors are copied. The decay warms up as (1 + step) / (10 + step), from step 0 on.
+    tensors, and those that a module lists in `no_averaging`, are copied. The decay warms up as
+    (1 + step) / (10 + step), from step 0 on.
 
     Neither `torch.optim.swa_utils.AveragedModel`, which copies the module and knows no `DTensor`, nor diffusers'
     `EMAModel`, which leaves out the buffers, would serve: the codebook of an RQ-VAE moves with its buffers, and the
@@ -38,6 +39,11 @@ class EMA:
         self.model = model
         self.decay = decay
         self.step = 0
+        self.copied = {
+            f"{module_name}.{name}".removeprefix(".")
+            for module_name, module in model.named_modules()
+            for name in getattr(module, "no_averaging", ())
+        }
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self.average = {
             n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in state.items()
@@ -49,7 +55,7 @@ class EMA:
         self.step += 1
         averages, tensors = [], []
         for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and name not in self.copied:
                 averages.append(local_shard(self.average[name]))
                 tensors.append(local_shard(tensor).float())
             else:

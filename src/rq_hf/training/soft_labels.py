@@ -7,7 +7,7 @@ import torch
 
 from ..models import ResidualQuantizer
 
-# Measured in docs/small-data.md.
+# Measured in docs/training.md.
 EFFECTIVE_CODEWORDS = 1.5
 MAX_VECTORS = 1024
 

@@ -95,6 +95,8 @@ class ResidualQuantizer(nn.Module):
     """
 
     no_weight_decay = ("codebook",)  # parameters that weight decay would pull away from their vectors
+    # Moving averages already; and an average over the restarts of a codeword is near none of its vectors.
+    no_averaging = ("codebook", "cluster_size", "cluster_sum")
 
     def __init__(
         self,
