@@ -108,7 +108,7 @@ def assume_cifar10(folder: Path) -> None:
     images = Dataset.from_dict({"img": list(map(Image.fromarray, pixels))}, Features({"img": datasets.Image()}))
     (folder / "cifar10").mkdir()
     images.to_parquet(folder / "cifar10/train-00004-of-00005.parquet")
-    tiny_vae(depth=4, sample_size=32).save_pretrained(folder / "runs/rate-distortion/D=4-K=512")
+    tiny_vae(depth=4, sample_size=32).save_pretrained(folder / "runs/rate-distortion/D=4-K=512/seed-0/model")
 
 
 def assume_images(folder: Path) -> dict:
