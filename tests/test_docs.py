@@ -18,7 +18,7 @@ from processes import run
 
 import rq_hf
 
-SLOW = ("README", "data", "mar", "rate-distortion", "sampling")
+SLOW = ("README", "browser", "data", "mar", "rate-distortion", "sampling")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
