@@ -8,12 +8,15 @@ quantization depth, `K` codebook size, `L` length of the condition, `V` its voca
 
 import importlib
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
@@ -72,9 +75,11 @@ class SpatialStep(nn.Module):
         first = past.shape[4] + cond_length - transformer.config.cond_length  # raster index
         condition = transformer.cond_embedding(cond_ids)
         condition = condition + transformer.cond_position_embedding[torch.arange(cond_length)]
+        # With one position more, which is dropped again: onnxruntime cannot sum over a tensor that is empty.
+        codes = F.pad(codes, (0, 0, 0, 1))
         indices = first + torch.arange(codes.shape[1])
         positions = transformer.embed_positions(embed_codes(codes, transformer.codebook), indices)
-        inputs = torch.cat([condition, positions], dim=1)
+        inputs = torch.cat([condition, positions[:, :-1]], dim=1)
         cache = GrowingCache(past, inputs.shape[1])
         context = transformer.spatial_stack(inputs, cache)[:, -1]
         return context, torch.stack(cache.layers)
@@ -274,12 +279,12 @@ def store_in_half(graph) -> None:
 
     casts = []
     for weight in graph.initializer:
-        values = onnx.numpy_helper.to_array(weight)
-        halves = values.astype(np.float16)
-        if values.dtype != np.float32 or not values.ndim or not np.array_equal(halves, values):
+        values = torch.from_numpy(onnx.numpy_helper.to_array(weight).copy())
+        halves = values.half()
+        if values.dtype != torch.float32 or not values.ndim or not torch.equal(halves.float(), values):
             continue
         name = weight.name
-        weight.CopyFrom(onnx.numpy_helper.from_array(halves, f"{name}.half"))
+        weight.CopyFrom(onnx.numpy_helper.from_array(halves.numpy(), f"{name}.half"))
         casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
     nodes = [*casts, *graph.node]
     del graph.node[:]
@@ -364,6 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     parser.check_model(args.model)
     hide_loading()
+    warnings.simplefilter("ignore")  # the exporter warns of itself
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # and of torchvision, which it does without
     try:
         description = export_onnx(place_of(args.model), args.output_dir, args.dtype)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
