@@ -48,13 +48,14 @@ const HANDLERS = {
     status.textContent = "Ready";
   },
 
-  image({ seed, image, isFinished }) {
+  image({ seed, image, share }) {
     const figure = figures.get(seed);
     const canvas = figure.querySelector("canvas");
     canvas.width = image.width;
     canvas.height = image.height;
-    canvas.getContext("2d").putImageData(new ImageData(image.rgba, image.width, image.height), 0, 0);
-    if (isFinished) {
+    const knownRows = Math.round(share * image.height); // below them, the decoder has nothing to go on
+    canvas.getContext("2d").putImageData(new ImageData(image.rgba, image.width), 0, 0, 0, 0, image.width, knownRows);
+    if (share === 1) {
       figure.classList.remove("unfinished");
       const link = figure.querySelector("a");
       link.href = canvas.toDataURL("image/png");

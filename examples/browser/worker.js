@@ -14,14 +14,14 @@ const TASKS = {
     postMessage({ kind: "ready", description: model.description });
   },
 
-  /** An image for each of the seeds, shown after every row of its code map. */
+  /** An image for each of the seeds, shown after every second row of its code map. */
   async sample({ prompt, settings, seeds }) {
     const [height, width] = model.description.code_shape;
     for (const seed of seeds) {
       for await (const { codes, numPositions } of model.sample(prompt, settings, seed)) {
-        if (numPositions % width === 0) {
+        if (numPositions % (2 * width) === 0 || numPositions === height * width) {
           const image = await model.decode(codes, numPositions);
-          postMessage({ kind: "image", seed, image, isFinished: numPositions === height * width });
+          postMessage({ kind: "image", seed, image, share: numPositions / (height * width) });
         }
       }
     }
