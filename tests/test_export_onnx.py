@@ -9,12 +9,11 @@ from exported import Exported
 from tiny import STACK, H, W, tiny_mar_pipeline, tiny_tokenizer, tiny_transformer, tiny_vae
 
 import rq_hf
+from rq_hf.export_onnx import check_file_sizes, check_outputs, export_onnx, main
 from rq_hf.files import checksum
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"needs {library}: pip install 'rq_hf[onnx]'")
-
-from rq_hf.export_onnx import check_outputs, export_onnx, main
 
 GREEDY = {"do_sample": False, "guidance_scale": 1.0}
 MODELS = {
@@ -140,16 +139,15 @@ def test_weights_are_stored_once_and_in_the_given_precision(exported):
     import onnx
 
     pipe, graphs, folder = exported
-    unused = sum(
-        weight.numel() for name, weight in pipe.transformer.named_parameters() if name.startswith(("cond_norm", "cond_cl"))
-    )
+    text_only = ("cond_norm", "cond_classifier")  # whose logits sampling does not need
+    used = [weight for name, weight in pipe.transformer.named_parameters() if not name.startswith(text_only)]
     weights = [
         weight
         for name in ("spatial_step", "depth_step")
         for weight in onnx.load(folder / f"{name}.onnx").graph.initializer
         if weight.data_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16) and weight.dims
     ]
-    own = sum(weight.numel() for weight in pipe.transformer.parameters()) - unused
+    own = sum(weight.numel() for weight in used)
     codebooks = 2 * pipe.transformer.codebook.numel()  # both steps have it
     assert own <= sum(np.prod(weight.dims) for weight in weights) <= own + codebooks + 100
     is_half = {weight.data_type == onnx.TensorProto.FLOAT16 for weight in weights}
@@ -198,9 +196,7 @@ def test_nothing_is_overwritten(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["onnx", "mine.txt"]
 
 
-def test_weights_that_no_file_can_hold_are_refused_by_their_size(tmp_path, monkeypatch):
-    from rq_hf.export_onnx import check_file_sizes
-
+def test_weights_that_no_file_can_hold_are_refused_by_their_size():
     with torch.device("meta"):
         transformer = rq_hf.RQTransformerModel(rq_hf.RQTransformerConfig.from_preset("imagenet-821m"))
     with pytest.raises(ValueError, match="spatial_step.onnx would have .* GB in float32, .*; try float16"):

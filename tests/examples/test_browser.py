@@ -32,22 +32,23 @@ pytestmark = [
 ]
 
 GREEDY = {"temperature": [1] * 4, "topK": [1] * 4, "topP": [1] * 4, "guidanceScale": [1] * 4}
-PROMPTS = ["fire engine", "woman judge dark skin tone"]
 # What tokenizers disagree on: case, white space, numbers, contractions, composition, scripts, symbols, added tokens.
 CAPTIONS = [
-    *("", " ", "  ", "red apple", "Red Apple", " red  apple ", "red\tapple\n", "\nred", "a \n b", "x \t ", "RED APPLE"),
-    *("woman judge, dark skin tone", "keycap 7", "keycap: *", "keycap #", "1st place medal", "100", "3.14", "a1b2c3"),
-    *("it's", "IT'S", "'s", "don't we'll they've I'm he'd you're", "rock'n'roll", "it’s", "''''", "'sss", "a's b'LL"),
-    *("café", "cafe\u0301", "Å", "A\u030a", "\u0301", "e\u0301\u0302x", "naïve façade", "São Tomé & Príncipe", "ñ N\u0303"),
-    *("İstanbul", "ISTANBUL ı", "Straße", "STRASSE ẞ", "ΟΔΥΣΣΕΥΣ", "Σ", "ΑΣ Σ.", "ǅ ǈ ǋ", "ﬁ ﬂ", "Ω \u2126 K \u212a", "ŉ"),
-    *("日本", "日本の 旗", "ﾊﾝｶｸ", "中文，测试。", "한국어", "\u1112\u1161\u11ab", "ひらがな カタカナ", "Ａｐｐｌｅ"),
-    *("Россия", "ПРИВЕТ", "ελληνικά", "עברית", "العربية ٣", "हिन्दी", "ไทย", "ქართული ᲐᲑᲒ", "አማርኛ", "ᏣᎳᎩ ꭰ"),
-    *("🚒", "👩‍⚖️", "👩🏿‍🚀", "🇯🇵", "❤️", "7️⃣", "a🚒b", "🚒🚒", "👨‍👩‍👧", "🏴\U000e0067\U000e0062\U000e007f", "☺ ☹"),
-    *("a\u00a0b", "a\u2003b", "a\u200bb", "a\u200db", "a\ufeffb", "a\u0085b", "\ufeff", "\u3000日", "a\u2028b", "\x1c x"),
-    *("½ cup", "x²", "Ⅳ ⅳ", "①②", "٣٤", "१२", "²³", "1½", "π≈3", "€5 £6 ¥7", "5€", "a-b_c", "--", "C++", "#1!", "(a)", "<b>"),
-    *("[PAD]", "a [PAD] b", "a[PAD]b", "[pad]", "[PAD][PAD]", "[PAD] ", " [PAD]", "[ PAD]", "\\", '"quoted"', "`", "~^|"),
-    *("\x00", "\x7f", "\u00ad", "\ufffd", "\U0001f9d1\u200d\U0001f680", "\U00010400\U00010428", "\U0001d400", "\ud7ff\ue000"),
-    *("supercalifragilisticexpialidocious", "aaaaaaaaaaaaaaaa", "x" * 60, "the quick brown fox " * 3),
+    *"| |  |red apple|Red Apple| red  apple |red\tapple\n|\nred|a \n b|x \t |RED APPLE".split("|"),
+    *"woman judge, dark skin tone|keycap 7|keycap: *|keycap #|1st place medal|100|3.14|a1b2c3".split("|"),
+    *"it's|IT'S|'s|don't we'll they've I'm he'd you're|rock'n'roll|it’s|''''|'sss|a's b'LL".split("|"),
+    *"café|cafe\u0301|Å|A\u030a|\u0301|e\u0301\u0302x|naïve façade|São Tomé & Príncipe|ñ N\u0303".split("|"),
+    *"İstanbul|ISTANBUL ı|Straße|STRASSE ẞ|ΟΔΥΣΣΕΥΣ|Σ|ΑΣ Σ.|ǅ ǈ ǋ|ﬁ ﬂ|Ω \u2126 K \u212a|ŉ".split("|"),
+    *"日本|日本の 旗|ﾊﾝｶｸ|中文，测试。|한국어|\u1112\u1161\u11ab|ひらがな カタカナ|Ａｐｐｌｅ".split("|"),
+    *"Россия|ПРИВЕТ|ελληνικά|עברית|العربية ٣|हिन्दी|ไทย|ქართული ᲐᲑᲒ|አማርኛ|ᏣᎳᎩ ꭰ".split("|"),
+    *"🚒|👩‍⚖️|👩🏿‍🚀|🇯🇵|❤️|7️⃣|a🚒b|🚒🚒|👨‍👩‍👧|🏴\U000e0067\U000e0062\U000e007f|☺ ☹".split("|"),
+    *"a\u00a0b|a\u2003b|a\u200bb|a\u200db|a\ufeffb|a\u0085b|\ufeff|\u3000日|a\u2028b|\x1c x".split("|"),
+    *"½ cup|x²|Ⅳ ⅳ|①②|٣٤|१२|²³|1½|π≈3|€5 £6 ¥7|5€|a-b_c|--|C++|#1!|(a)|<b>".split("|"),
+    *'[PAD]|a [PAD] b|a[PAD]b|[pad]|[PAD][PAD]|[PAD] | [PAD]|[ PAD]|\\|"quoted"|`'.split("|"),
+    *"\x00|\x7f|\u00ad|\ufffd|\U0001f9d1\u200d\U0001f680|\U00010400\U00010428|\U0001d400|\ud7ff\ue000".split("|"),
+    *"supercalifragilisticexpialidocious|aaaaaaaaaaaaaaaa".split("|"),
+    "x" * 60,
+    "the quick brown fox " * 3,
 ]
 
 
@@ -216,8 +217,7 @@ def test_codes_are_sampled_from_the_distribution_of_python(page, temperature, to
     assert len(set(found)) > 3
 
 
-@pytest.mark.parametrize("scale", [1, 3])
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("prompt, scale", [("fire engine", 1), ("woman judge dark skin tone", 3)])
 def test_greedy_codes_are_those_of_python(codes_on_page, pipe, prompt, scale):
     expected = pipe(prompt, do_sample=False, guidance_scale=float(scale), output_type="latent").codes
     assert torch.equal(codes_on_page(prompt, GREEDY | {"guidanceScale": [scale] * 4}), expected)
