@@ -210,7 +210,7 @@ def check_file_sizes(transformer: RQTransformerModel, dtype: str) -> None:
     size = weight_size * (sum(weight.numel() for weight in transformer.parameters()) - elsewhere)
     if size > LARGEST_FILE:
         hint = "; try float16" if dtype == "float32" and size // 2 <= LARGEST_FILE else ""
-        raise ValueError(f"spatial_step.onnx would have {size / 1e9:.1f} GB in {dtype}, at most 2.1 can be{hint}")
+        raise ValueError(f"a file can hold 2.1 GB, but the spatial step has {size / 1e9:.1f} GB in {dtype}{hint}")
 
 
 def graphs(pipe: RQPipeline) -> dict[str, tuple[nn.Module, dict, dict, list[str]]]:
