@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import rq_hf
@@ -293,6 +294,14 @@ def test_nothing_is_requested_from_elsewhere(browser, site):
     page.wait_for_selector("form button[type=submit]:enabled", timeout=TIMEOUT)
     page.close()
     assert len(requested) > 8 and all(url.startswith((site, "data:", "blob:")) for url in requested)
+    readme = (PAGE / "README.md").read_text(encoding="utf-8")
+    runtime = {url.removeprefix(site) for url in requested if "node_modules" in url}
+    assert len(runtime) == 2 and all(f'--include "{file}"' in readme for file in runtime)
+
+
+def test_the_readme_says_that_the_folder_is_a_static_space():
+    header = yaml.safe_load((PAGE / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert header["sdk"] == "static" and (PAGE / header["app_file"]).is_file()
 
 
 @pytest.mark.parametrize("missing", ["model", "node_modules", "one file", "a whole file"])
