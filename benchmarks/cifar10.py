@@ -23,10 +23,9 @@ def load_pixels(pattern: str) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[
 
 
 def batches(
-    images: torch.Tensor, labels: torch.Tensor, batch_size: int, epoch: int
+    images: torch.Tensor, labels: torch.Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Pixels in [-1, 1] and classes: shuffled, and half of the images mirrored."""
-    generator = torch.Generator().manual_seed(epoch)
     for rows in torch.randperm(len(images), generator=generator).split(batch_size):
         pixels = images[rows].float() / 127.5 - 1
         mirrored = torch.rand(len(rows), generator=generator) < 0.5
@@ -39,20 +38,24 @@ def fit(
     compute_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
     images: torch.Tensor,
     labels: torch.Tensor,
+    *,
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    seed: int,
 ) -> float:
-    """Trains with AdamW, a warm-up of 100 steps, a cosine to zero and bf16 arithmetic; returns the seconds it took."""
+    """Trains with AdamW, a warm-up of 100 steps, a cosine to zero and bf16 arithmetic; returns the seconds it took.
+    `seed` decides the order of the images and which are mirrored."""
     steps = epochs * math.ceil(len(images) / batch_size)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
     )
+    generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     model.train()
     for epoch in range(epochs):
-        for pixels, classes in batches(images, labels, batch_size, epoch):
+        for pixels, classes in batches(images, labels, batch_size, generator):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = compute_loss(model, pixels, classes)
             loss.backward()

@@ -2,17 +2,19 @@
 What are soft labels and stochastic codes worth? The ablation of section 3.2.3 on a small scale, on CIFAR-10.
 
     python benchmarks/rate_distortion.py --data_files 'cifar10/train-*.parquet' --output_dir runs/rate-distortion
-    python benchmarks/labels.py --data_files 'cifar10/train-*.parquet' --stage1 runs/rate-distortion \\
-        --output_dir runs/labels
+    python benchmarks/labels.py --data_files 'cifar10/train-*.parquet' \\
+        --vae runs/rate-distortion/D=4-K=512/seed-0/model --output_dir runs/labels
 
 Class-conditional RQ-Transformers on the 8×8×4 codes of the RQ-VAE `D=4 K=512`, equal but for their targets: the
 nearest code; soft labels softmax(−‖r − e‖²/τ) along the nearest codes; soft labels along codes sampled from them.
-Equal steps, the same seed. Reported is, on 10,000 held-out images, the negative log-likelihood of their nearest codes
-in nats per code. Every finished run leaves a pipeline with its results, `results.json`, and is not repeated; the
-Fréchet distance of generated images is that of `examples/evaluate_generation.py`, see `docs/rate-distortion.md`.
+Equal steps; each of the --seeds decides the initial weights and the order of the images. Reported is, on 10,000
+held-out images, the negative log-likelihood of their nearest codes in nats per code. Every finished run leaves a
+pipeline with its results, `results.json`, and is not repeated; the Fréchet distance of generated images is that of
+`examples/evaluate_generation.py`, see `docs/rate-distortion.md`.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -48,9 +50,10 @@ def create_model(vae: RQVAEModel) -> RQTransformerModel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_files", required=True, help="parquet files with the columns img and label")
-    parser.add_argument("--stage1", type=Path, required=True, help="output folder of rate_distortion.py")
+    parser.add_argument("--vae", type=Path, required=True, help="an RQ-VAE of rate_distortion.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help=f"of {list(RUNS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--temperature", type=float, default=0.002, help="τ of the soft labels; distances are small here"
     )
@@ -64,12 +67,13 @@ def main() -> None:
         {"pixels": pixels.float() / 127.5 - 1, "cond_ids": classes[:, None]}
         for pixels, classes in zip(*(tensor.split(500) for tensor in validation))
     ]
-    vae = RQVAEModel.from_pretrained(args.stage1 / "D=4-K=512").eval()
-    for name in args.runs:
+    vae = RQVAEModel.from_pretrained(args.vae).eval()
+    recipe = {"epochs": args.epochs, "batch_size": args.batch_size, "learning_rate": args.learning_rate}
+    for seed, name in itertools.product(args.seeds, args.runs):
         soft, stochastic = RUNS[name]
-        folder = args.output_dir / name.replace(", ", "-").replace(" ", "-")
+        folder = args.output_dir / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
         if not (folder / "results.json").exists():
-            print(name, flush=True)
+            print(name, "seed", seed, flush=True)
             loss = RQTransformerLoss(
                 vae,
                 null_cond_id=CLASSES,
@@ -77,23 +81,22 @@ def main() -> None:
                 stochastic_codes=stochastic,
             )
             if not folder.exists():
-                torch.manual_seed(0)
+                torch.manual_seed(seed)
                 model = create_model(vae)
                 fit(
                     model,
                     lambda model, x, y, loss=loss: loss(model, {"pixels": x, "cond_ids": y[:, None]}).loss,
                     *train,
-                    args.epochs,
-                    args.batch_size,
-                    args.learning_rate,
+                    **recipe,
+                    seed=seed,
                 )
                 RQPipeline(vae, model).save_pretrained(folder)
             model = RQPipeline.from_pretrained(folder).transformer
-            results = {"name": name, "temperature": args.temperature, "epochs": args.epochs}
+            results = {"name": name, "seed": seed, "temperature": args.temperature, **recipe}
             with torch.no_grad():
                 results |= validation_losses(loss, model, held_out)
             (folder / "results.json").write_text(json.dumps(results, indent=2))
-        print(json.loads((folder / "results.json").read_text()), flush=True)
+        print((folder / "results.json").read_text(), flush=True)
 
 
 if __name__ == "__main__":

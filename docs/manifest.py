@@ -1,13 +1,10 @@
 """What the figures were made from, so that `tests/examples/test_figures.py` notices stale ones."""
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+from rq_hf.files import checksum
 
 
 def model_files(model: Path) -> list[Path]:
@@ -18,9 +15,9 @@ def model_files(model: Path) -> list[Path]:
 def manifest(scripts: Iterable[Path], model: Path, figures: Iterable[Path]) -> dict[str, dict[str, str]]:
     """SHA-256 of the scripts, of the files of the model and of the figures, by name."""
     return {
-        "scripts": {path.name: sha256(path) for path in scripts},
-        "model": {path.relative_to(model).as_posix(): sha256(path) for path in model_files(model)},
-        "figures": {path.name: sha256(path) for path in figures},
+        "scripts": {path.name: checksum(path) for path in scripts},
+        "model": {path.relative_to(model).as_posix(): checksum(path) for path in model_files(model)},
+        "figures": {path.name: checksum(path) for path in figures},
     }
 
 

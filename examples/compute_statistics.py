@@ -81,21 +81,10 @@ class ImageArguments(DatasetArguments):
             if getattr(self, name) is not None and name not in applies:
                 raise ValueError(f"--{name} does not apply to --{given[0]}")
 
-    def describe(self) -> dict[str, str]:
+    def describe_images(self) -> dict[str, str]:
         """Provenance of the images, as far as it is known before they are read."""
-        config = f"/{self.dataset_config}" if self.dataset_config is not None else ""
-        name = self.dataset_name and self.dataset_name + config
-        split = self.split if self.num_images is None else f"{self.split}[:{self.num_images}]"
-        size = f"{self.resolution}×{self.resolution}"
-        if self.resolution is None:
-            transform = "none"
-        else:
-            transform = f"{'centre crop and bilinear' if self.center_crop else 'bilinear'} resize to {size}"
-        return {
-            "dataset": self.name or name or self.data_files or Path(self.images or self.moments).name,
-            "split": split,
-            "transform": transform,
-        }
+        described = self.describe(self.resolution, self.num_images)
+        return described | {"dataset": self.name or described["dataset"] or Path(self.images or self.moments).name}
 
 
 @dataclass
@@ -262,7 +251,7 @@ def main() -> None:
     with accelerator.local_main_process_first():
         network = load_feature_network(args.network, args.network_weights, args.network_sha256)
     network = network.to(accelerator.device)
-    provenance = data.describe() | network.identity()
+    provenance = data.describe_images() | network.identity()
     if data.moments is not None:
         with failing_together(ValueError):
             if accelerator.is_main_process:

@@ -50,14 +50,13 @@ from rq_hf.evaluation.generation import (
     GenerationFolder,
     GenerationPlan,
     generate_shard,
-    hash_weights,
     image_size,
     resolve_sampling,
 )
 from rq_hf.evaluation.protocols import Protocol, load_protocol, read_protocols
 from rq_hf.evaluation.report import Report
 from rq_hf.evaluation.sample_metrics import NEEDS, SampleMetrics, network_scorer
-from rq_hf.files import checksum
+from rq_hf.files import checksum, weight_checksums
 from rq_hf.images import UINT8_RULES
 from rq_hf.metrics import ClassifierScorer, CLIPScorer, load_feature_network
 from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER, FeatureNetwork, find_model_file
@@ -521,7 +520,7 @@ def main() -> None:
     scorer, scorer_identity = load_scorer(args, pipe, accelerator.device)
     metrics = load_metrics(metric_args, protocol, accelerator.device)
     height, width = image_size(pipe)
-    weights = broadcast_object_list([hash_weights(source) if accelerator.is_main_process else None])[0]
+    weights = broadcast_object_list([weight_checksums(source) if accelerator.is_main_process else None])[0]
     settings = {
         "weights": weights,
         "sampling": sampling,

@@ -29,13 +29,12 @@ from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
 from rq_hf.data import ImageCollator
-from rq_hf.evaluation.generation import hash_weights
 from rq_hf.evaluation.reconstruction import ReconstructionMeter
 from rq_hf.evaluation.report import Report
-from rq_hf.files import checksum
+from rq_hf.files import checksum, weight_checksums
 from rq_hf.images import UINT8_RULES
 from rq_hf.metrics import LPIPS
-from rq_hf.metrics.feature_networks import INCEPTION_SHA256, FeatureNetwork, load_feature_network
+from rq_hf.metrics.feature_networks import FeatureNetwork, load_feature_network
 from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.metrics.weights import find_weights
 from rq_hf.models import RQVAEModel
@@ -153,14 +152,14 @@ def create_report(
 ) -> Report:
     """The figures of a meter, with what they depend on."""
     folder = args.vae if os.path.isdir(args.vae) else snapshot_download(args.vae)
-    images = {
-        "dataset": args.name or data.dataset_name or data.data_files,
-        "split": data.split if args.num_images is None else f"{data.split}[:{args.num_images}]",
-        "transform": f"{'centre crop and ' if data.center_crop else ''}bilinear resize to {resolution}×{resolution}",
-    }
+    images = data.describe(resolution, args.num_images)
+    images["dataset"] = args.name or images["dataset"]
     report = Report(
-        model=args.vae, weights=hash_weights(folder), uint8_rule=args.uint8_rule, sampler={}, seeds=[], **images
+        model=args.vae, weights=weight_checksums(folder), uint8_rule=args.uint8_rule, sampler={}, seeds=[], **images
     )
+    if args.lpips_vgg is not None:
+        vgg, heads = (checksum(find_weights(source)) for source in (args.lpips_vgg, args.lpips_heads))
+        perceptual = {"network": "vgg16", "protocol": "LPIPS", "network_sha256": vgg}
     result = meter.result()
     count = result["count"]
     for depth, figures in result["depths"].items():
@@ -168,13 +167,11 @@ def create_report(
         for name in ("psnr", "ssim"):
             report.add(name, figures[name], count, **settings)
         if args.lpips_vgg is not None:
-            vgg, heads = (checksum(find_weights(source)) for source in (args.lpips_vgg, args.lpips_heads))
-            identity = {"network": "vgg16", "protocol": "LPIPS", "network_sha256": vgg}
-            report.add("lpips", figures["lpips"], count, network=identity, heads_sha256=heads, **settings)
+            report.add("lpips", figures["lpips"], count, network=perceptual, heads_sha256=heads, **settings)
         if network is not None:
             provenance = {**images, "count": count, **network.identity(), "uint8_rule": "stored"}
             report.add(
-                "fid" if network.sha256 == INCEPTION_SHA256 else "frechet_distance",
+                network.distance_metric,
                 figures["frechet_distance"],
                 count,
                 reference=FeatureStatistics(meter.moments["images"], provenance),

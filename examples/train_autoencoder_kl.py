@@ -44,7 +44,6 @@ from rq_hf.training import (
     autoencoder_kl_grid,
     check_numbers,
     check_unsharded,
-    count_images,
     evaluate_autoencoder_kl,
     first_pixels,
     flat_configuration,
@@ -139,18 +138,17 @@ def main() -> None:
     batches = data.create_stream(accelerator, dataset, args.create_collator(data), run)
     num_batches = math.ceil(args.scaling_factor_images / run.train_batch_size)
     set_scaling_factor(vae, (batch["pixels"] for batch in itertools.islice(batches, num_batches)), run.seed)
-    destination = Path(run.output_dir) / "vae"
     save_autoencoder(
         accelerator,
         vae,
-        destination,
+        Path(run.output_dir) / "vae",
         functools.partial(autoencoder_kl_card, vae),
         autoencoder_kl_grid(vae, shown),
         configuration=configuration,
-        images=count_images(dataset),
+        dataset=dataset,
         upload_to=run.upload_to,
     )
-    accelerator.print(f"saved {destination}, with a scaling factor of {vae.config.scaling_factor:.4g}")
+    accelerator.print(f"scaling factor {vae.config.scaling_factor:.4g}")
     accelerator.end_training()
 
 

@@ -28,7 +28,6 @@ from rq_hf.training import (
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
-    count_images,
     find_classes,
     flat_configuration,
     parse_arguments,
@@ -87,18 +86,16 @@ def main() -> None:
         configuration=configuration,
         **run.training_options(),
     )
-    destination = Path(run.output_dir) / "pipeline"
     save_pipeline(
         accelerator,
         pipeline,
         state_dict,
-        destination,
+        Path(run.output_dir) / "pipeline",
         samples,
         configuration=configuration,
-        images=count_images(dataset),
+        dataset=dataset,
         upload_to=run.upload_to,
     )
-    accelerator.print(f"saved {destination}")
     accelerator.end_training()
 
 

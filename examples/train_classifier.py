@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rq_hf.data import find_class_names, first_batches
 from rq_hf.metrics import SmallClassifier
 from rq_hf.metrics.small_classifier import SIDE
-from rq_hf.model_cards import model_card
+from rq_hf.model_cards import model_card, quoted
 from rq_hf.training import (
     LossOutput,
     RunArguments,
@@ -37,13 +37,16 @@ from rq_hf.training import (
     parse_arguments,
     save_finished,
     train,
+    training_sections,
 )
 
-USAGE = """from rq_hf.metrics import SmallClassifier
+USAGE = """import torch
+from rq_hf.metrics import SmallClassifier
 
-classifier = SmallClassifier.from_pretrained(...)
-features = classifier.features(pixels)  # (B, 3, 32, 32) in [-1, 1] -> (B, 224)
-logits = classifier(pixels)"""
+classifier = SmallClassifier.from_pretrained({model})
+pixels = torch.rand(4, 3, 32, 32) * 2 - 1  # images in [-1, 1], here of noise
+features = classifier.features(pixels)  # (4, 224)
+logits = classifier(pixels)  # (4, {classes})"""
 
 
 @dataclass
@@ -202,18 +205,19 @@ def main() -> None:
     figures = evaluate(model, held_out, accelerator.device) if held_out else {}
     for name, value in figures.items():
         accelerator.print(f"{name} in half precision: {value:.4f}")
-    rows = [
-        f"| {name.removeprefix('validation/').replace('_', ' ')} | {value:.4f} |" for name, value in figures.items()
-    ]
+    rows = ["", "| held-out images | |", "|---|---|"] if figures else []
+    for name, value in figures.items():
+        rows.append(f"| {name.removeprefix('validation/').replace('_', ' ')} | {value:.4f} |")
     destination = Path(run.output_dir) / "classifier"
     card = model_card(
         "Small classifier of 32×32 images",
-        USAGE,
-        details="\n".join([f"Classes: {', '.join(names)}.", "", "| held-out images | |", "|---|---|", *rows]),
-        tags=["image-classification"],
+        USAGE.format(model=quoted(run.upload_to or str(destination)), classes=len(names)),
+        introduction="\n".join([f"Classes: {', '.join(names)}.", *rows]),
+        pipeline_tag="image-classification",
+        tags=["resnet-9"],
+        **training_sections(accelerator, configuration, dataset, "image-classification"),
     )
     save_finished(accelerator, model.half(), destination, card, run.upload_to)
-    accelerator.print(f"saved {destination}")
     accelerator.end_training()
 
 

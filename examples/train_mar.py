@@ -39,7 +39,6 @@ from rq_hf.training import (
     TrainingDataArguments,
     ValidationArguments,
     check_numbers,
-    count_images,
     create_mar_transformer,
     example_prompts,
     find_classes,
@@ -216,18 +215,16 @@ def main() -> None:
     if text.text_column is not None and samples is None:
         prompts = example_prompts(pipeline, dataset, text.text_column)
         samples = {"prompt": prompts} if prompts else None
-    destination = Path(run.output_dir) / "pipeline"
     save_pipeline(
         accelerator,
         pipeline,
         state_dict,
-        destination,
+        Path(run.output_dir) / "pipeline",
         samples,
         configuration=configuration,
-        images=count_images(dataset),
+        dataset=dataset,
         upload_to=run.upload_to,
     )
-    accelerator.print(f"saved {destination}")
     accelerator.end_training()
 
 

@@ -37,7 +37,6 @@ from rq_hf.training import (
     ValidationArguments,
     check_numbers,
     check_unsharded,
-    count_images,
     evaluate_reconstructions,
     first_pixels,
     flat_configuration,
@@ -162,18 +161,16 @@ def main() -> None:
         configuration=configuration,
         **run.training_options(),
     )
-    destination = Path(run.output_dir) / "rqvae"
     save_autoencoder(
         accelerator,
         model,
-        destination,
+        Path(run.output_dir) / "rqvae",
         model.card,
         reconstruction_grid(model, shown),
         configuration=configuration,
-        images=count_images(dataset),
+        dataset=dataset,
         upload_to=run.upload_to,
     )
-    accelerator.print(f"saved {destination}")
     accelerator.end_training()
 
 

@@ -30,7 +30,6 @@ from rq_hf.training import (
     TrainingDataArguments,
     TransformerArguments,
     ValidationArguments,
-    count_images,
     example_prompts,
     flat_configuration,
     parse_arguments,
@@ -87,18 +86,16 @@ def main() -> None:
         **run.training_options(),
     )
     prompts = text.validation_prompts or example_prompts(pipeline, dataset, text.text_column)
-    destination = Path(run.output_dir) / "pipeline"
     save_pipeline(
         accelerator,
         pipeline,
         state_dict,
-        destination,
+        Path(run.output_dir) / "pipeline",
         {"prompt": prompts} if prompts else None,
         configuration=configuration,
-        images=count_images(dataset),
+        dataset=dataset,
         upload_to=run.upload_to,
     )
-    accelerator.print(f"saved {destination}")
     accelerator.end_training()
 
 

@@ -5,6 +5,7 @@ It lies beside the package: to import `rq_hf` takes seconds, which neither `--he
 """
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import random
@@ -20,8 +21,9 @@ SETTINGS = {
     "top_k": (int, "RQ: sample from the K likeliest codes"),
     "top_p": (float, "RQ: sample from the likeliest codes that have this share of the probability"),
     "num_iterations": (int, "MAR: steps in which the tokens of an image are sampled"),
-    "num_inference_steps": (int, "MAR: steps in which each token is denoised"),
+    "num_inference_steps": (int, "MAR: steps in which each token is denoised; X,X in the first and last iteration"),
 }
+DEVICE_HELP = "cpu, cuda, cuda:1 or such (the accelerator, if there is one)"
 LONGEST_NAME = 50  # characters of a prompt in the name of a file
 
 MAIN_EPILOG = """\
@@ -43,13 +45,13 @@ GENERATE_EPILOG = """\
 examples:
   rq-hf generate "red apple"
   rq-hf generate mar "red apple" -n 4 -o apples --guidance-scale 3 --num-iterations 16 --num-inference-steps 25
-  rq-hf generate models/imagenet-1.4b --class 207 --top-k 1024
+  rq-hf generate models/imagenet-1.4b --class 207 --top-k 2048,1024,512,256
   rq-hf generate models/ffhq-355m -n 16 --seed 0
 
 Two words are MODEL and PROMPT. One alone is a model if it is rq, mar, a saved pipeline, or a path or Hub id (with a /
 and no spaces), and otherwise a prompt for rq: generate "either/or" by rq-hf generate rq "either/or". Settings that you
-leave out are those of the model. An image depends on its seed, not on how many there are: in Python, generator=[SEED]
-gives the same one.
+leave out are those of the model. Those of RQ are a number, or one for each depth, with commas between them. An image
+depends on its seed, not on how many there are: in Python, generator=[SEED] gives the same one.
 """
 RECONSTRUCT_EPILOG = """\
 examples:
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         COMMANDS[args.command](args.arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         from rq_hf.untrusted_files import one_line
 
         sys.exit(f"rq-hf {args.command}: error: {one_line(error)}")
@@ -115,9 +117,11 @@ def generate(arguments: list[str]) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path(), metavar="FOLDER", help="(the current one)")
     parser.add_argument("--seed", type=int, help="of the first image, the others follow (at random)")
     for name, (kind, text) in SETTINGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=functools.partial(numbers, kind), metavar="X", help=text)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (%(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="(that of the model)")
+    parser.add_argument("--device", help=DEVICE_HELP)
     args = parser.parse_intermixed_args(arguments)
 
     if len(args.words) > 2:
@@ -141,7 +145,7 @@ def generate(arguments: list[str]) -> None:
     files = {seed: args.output / f"{name}-{seed}.png" for seed in range(first, first + args.num_images)}
     parser.check_new(*files.values())
     settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    sample(model or "rq", prompt, args.label, settings, files, args.batch_size, args.dtype)
+    sample(model or "rq", prompt, args.label, settings, files, args.batch_size, args.dtype, args.device)
 
 
 def sample(
@@ -152,6 +156,7 @@ def sample(
     files: dict[int, Path],
     batch_size: int,
     dtype: str | None,
+    device: str | None,
 ) -> None:
     """Samples an image for each seed in `files`, and saves it there."""
     import torch
@@ -160,12 +165,13 @@ def sample(
     from rq_hf.files import atomic_file
 
     hide_loading()
+    device = device_of(device)
     place = place_of(model)
     pipeline_class = pipeline_class_of(place)
     condition = condition_of(AutoConfig.from_pretrained(place, subfolder="transformer"), prompt, label)
     check_taken(pipeline_class.__call__, settings, pipeline_class)
     pipe = pipeline_class.from_pretrained(place, **({} if dtype is None else {"dtype": getattr(torch, dtype)}))
-    pipe.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     seeds = list(files)
     for start in range(0, len(seeds), batch_size):
@@ -175,6 +181,30 @@ def sample(
             with atomic_file(files[seed]) as file:
                 image.save(file)
             print(files[seed], flush=True)
+
+
+def numbers(kind: type, text: str) -> float | list[float]:
+    """A number, or several with commas between them."""
+    try:
+        values = [kind(value) for value in text.split(",")]
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what}, or several with commas between, got {text!r}") from error
+    return values if len(values) > 1 else values[0]
+
+
+def device_of(name: str | None) -> str:
+    """A device of this machine by its name; without one, the accelerator or else the CPU. Raises `ValueError` for
+    another name."""
+    import torch
+
+    found = ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        kind = accelerator.type
+        found = [kind, *(f"{kind}:{number}" for number in range(torch.accelerator.device_count())), *found]
+    if name is not None and name not in found:
+        raise ValueError(f"--device must be {' or '.join(found)} on this machine, got {name!r}")
+    return name or found[0]
 
 
 def is_model(word: str) -> bool:
@@ -199,6 +229,7 @@ def reconstruct(arguments: list[str]) -> None:
         "words", nargs="+", metavar="MODEL IMAGE", help=f"MODEL is {MODEL_HELP}; or the folder of an RQ-VAE"
     )
     parser.add_argument("--depth", type=int, metavar="D", help="RQ: of only the first D codes of every position")
+    parser.add_argument("--device", help=DEVICE_HELP)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(IMAGE-reconstructed.png, here)")
     args = parser.parse_intermixed_args(arguments)
 
@@ -226,6 +257,7 @@ def reconstruct(arguments: list[str]) -> None:
     from rq_hf.files import atomic_file
 
     hide_loading()
+    device = device_of(args.device)
     place = place_of(model[0] if model else "rq")
     if os.path.isfile(os.path.join(place, "config.json")):
         pipe = RQPipeline(RQVAEModel.from_pretrained(place), None)
@@ -235,7 +267,7 @@ def reconstruct(arguments: list[str]) -> None:
         pipe = pipeline_class.from_pretrained(place, **others)
     depth = {} if args.depth is None else {"depth": args.depth}
     check_taken(pipe.reconstruct, depth, type(pipe))
-    (reconstruction,) = pipe.reconstruct(image, resize=True, **depth)
+    (reconstruction,) = pipe.to(device).reconstruct(image, resize=True, **depth)
     with atomic_file(output) as file:
         reconstruction.save(file)
     print(output)

@@ -1,6 +1,8 @@
 import pytest
+import torch
+from tiny import tiny_pipeline, tiny_vae
 
-from rq_hf.files import atomic_file, atomic_folder, checksum
+from rq_hf.files import atomic_file, atomic_folder, checksum, weight_checksums
 
 
 def names(folder):
@@ -65,3 +67,20 @@ def test_an_error_leaves_the_file_before_and_nothing_else(tmp_path):
 def test_checksum_is_the_sha256_of_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert checksum(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_weight_checksums_follow_the_files(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "evaluation" / "shards").mkdir(parents=True)
+    (tmp_path / "evaluation" / "shards" / "00000.safetensors").touch()  # no weights of the model
+    hashes = weight_checksums(tmp_path)
+    assert set(hashes) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
+    torch.manual_seed(1)
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    others = weight_checksums(tmp_path)
+    assert [name for name in hashes if hashes[name] != others[name]] == ["vae/diffusion_pytorch_model.safetensors"]
+
+
+def test_weight_checksums_refuse_a_folder_without_any(tmp_path):
+    with pytest.raises(ValueError, match="holds no weights"):
+        weight_checksums(tmp_path)

@@ -7,26 +7,38 @@ that Hub and collects the `check_*` functions of this file instead.
 import hashlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from alone import run_alone
 from diffusers import DiffusionPipeline
 from fake_hub import BROKEN, FakeHub
-from huggingface_hub import ModelCard, create_repo, hf_hub_download, list_repo_files, model_info, upload_file
+from huggingface_hub import (
+    ModelCard,
+    create_repo,
+    hf_hub_download,
+    list_repo_files,
+    model_info,
+    upload_file,
+    upload_folder,
+)
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from tiny import MAR_CALL, tiny_mar_pipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import rq_hf_cli
 from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
 
 VOCABULARY = {"[PAD]": 0, "red": 1, "apple": 2}
+LORA = Path(__file__).parents[1] / "examples" / "train_lora.py"
 
 
 def test_hub(tmp_path):
@@ -243,6 +255,62 @@ for pipe in (rq, parts, mar, mar_parts):
     (image,) = pipe("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0), **settings).images
     print(hashlib.sha256(image.tobytes()).hexdigest())
 """
+
+
+def check_without_the_package(pipe, tmp_path):
+    pipe.push_to_hub("tester/with-code", with_code=True)
+    pipe.transformer.push_to_hub("tester/transformer-with-code", with_code=True)
+    usage, unpack = re.findall(r"```python\n(.*?)```", card_of("tester/with-code").text, re.DOTALL)
+    lines = [*run_alone(tmp_path, unpack + usage + SAMPLED), *run_alone(tmp_path, ALONE + SAMPLED)]
+    (image,) = pipe("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+    assert lines == [digest(image), "RQTransformerModel", digest(image)]
+
+
+ALONE = """
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from transformers import AutoModel
+
+print(type(AutoModel.from_pretrained("tester/transformer-with-code", trust_remote_code=True)).__name__)
+folder = snapshot_download("tester/with-code")
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+"""
+SAMPLED = """
+import hashlib
+import torch
+
+(image,) = pipe("red apple", guidance_scale=2.0, generator=torch.Generator().manual_seed(0)).images
+print(hashlib.sha256(image.tobytes()).hexdigest())
+"""
+
+
+def check_adapter(pipe, tmp_path, monkeypatch):
+    pipe.push_to_hub("tester/base")
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((8, 8), 100).save(tmp_path / "images" / "apple.png")
+    command = [LORA, tmp_path / "images", "--keep", "red apple", "--model", "tester/base", "--steps", 2]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--output_dir", str(tmp_path / "out")])
+    runpy.run_path(str(LORA), run_name="__main__")
+    for name, relation in (("adapter", "adapter"), ("pipeline", "finetune")):
+        repo = create_repo(f"tester/lora-{name}").repo_id
+        upload_folder(repo_id=repo, folder_path=tmp_path / "out" / name)
+        data = card_of(repo).data
+        assert (data.base_model, data.base_model_relation) == ("tester/base", relation)
+    taught = RQPipeline.from_pretrained("tester/base")
+    taught.load_lora_weights("tester/lora-adapter")
+    merged = RQPipeline.from_pretrained("tester/lora-pipeline")
+    assert torch.equal(*(p("apple", do_sample=False, output_type="latent").codes for p in (taught, merged)))
+
+
+def check_tokenizer(pipe):
+    pipe.push_to_hub("tester/with-tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained("tester/with-tokenizer", subfolder="tokenizer")
+    assert tokenizer.get_vocab() == VOCABULARY
+    create_repo("tester/tokenizer")
+    ModelCard("Two words.").push_to_hub("tester/tokenizer")
+    tokenizer.push_to_hub("tester/tokenizer")
+    assert AutoTokenizer.from_pretrained("tester/tokenizer").get_vocab() == VOCABULARY
+    assert card_of("tester/tokenizer").text.strip() == "Two words."
 
 
 def check_private(pipe):

@@ -41,7 +41,7 @@ NAMES = {"none": "image", "class": "class-2", "text": "red-apple"}
 
 def run(folder, *arguments):
     """Runs `rq-hf` in a folder, in a fork of a process that has imported the libraries."""
-    return run_script(MODULE, *arguments, before=functools.partial(os.chdir, folder))
+    return run_script(MODULE, *arguments, before=[functools.partial(os.chdir, folder)])
 
 
 def fails(folder, message, *arguments):
@@ -74,7 +74,7 @@ def saved(request, tmp_path_factory):
 
 def test_generate_saves_the_images_of_the_seeds_and_says_where(saved, tmp_path):
     kind, pipe, folder = saved
-    settings = ["--temperature", "0.7", "--top-k", "5", "--top-p", "0.9"]
+    settings = ["--temperature", "0.7", "--top-k", "5,4,3,2", "--top-p", "0.9", "--device", "cpu"]
     if kind != "none":
         settings += ["--guidance-scale", "2"]
     options = ["-n", 3, "--seed", 7, "-o", "new/images", "--batch-size", 2]
@@ -84,7 +84,7 @@ def test_generate_saves_the_images_of_the_seeds_and_says_where(saved, tmp_path):
     assert outcome.output.splitlines()[-3:] == files
     assert sorted(tmp_path.rglob("*.*")) == [tmp_path / file for file in files]
     guidance = {} if kind == "none" else {"guidance_scale": 2.0}
-    call = functools.partial(pipe, **CALLS[kind], temperature=0.7, top_k=5, top_p=0.9, **guidance)
+    call = functools.partial(pipe, **CALLS[kind], temperature=0.7, top_k=[5, 4, 3, 2], top_p=0.9, **guidance)
     images = [call(generator=[seed]).images[0] for seed in (7, 8, 9)]
     assert all(same_image(tmp_path / file, image) for file, image in zip(files, images))
     assert ImageChops.difference(images[0], images[1]).getbbox()
@@ -93,14 +93,16 @@ def test_generate_saves_the_images_of_the_seeds_and_says_where(saved, tmp_path):
 def test_generate_takes_the_settings_of_mar(tmp_path):
     pipe = tiny_mar_pipeline("text")
     pipe.save_pretrained(tmp_path / "model")
-    settings = ["--num-iterations", "2", "--num-inference-steps", "3", "--guidance-scale", "2", "--temperature", "0.9"]
+    settings = ["--num-iterations", "2", "--num-inference-steps", "3,2"]
+    settings += ["--guidance-scale", "2", "--temperature", "0.9"]
     outcome = run(tmp_path, "generate", "model", "red apple", *settings, "--seed", "5")
     assert outcome.code == 0, outcome.output
     (image,) = pipe(
-        "red apple", num_iterations=2, num_inference_steps=3, guidance_scale=2.0, temperature=0.9, generator=[5]
+        "red apple", num_iterations=2, num_inference_steps=[3, 2], guidance_scale=2.0, temperature=0.9, generator=[5]
     ).images
     assert same_image(tmp_path / "red-apple-5.png", image)
     fails(tmp_path, "--top-k is not a setting of MARPipeline", "generate", "model", "red apple", "--top-k", "5")
+    fails(tmp_path, "temperature must be", "generate", "model", "red apple", "--temperature", "1,0.9")
 
 
 def test_the_embedded_model_needs_neither_a_name_nor_a_network(tmp_path):
@@ -150,6 +152,9 @@ def test_nothing_is_overwritten(tmp_path):
         (["red apple", "-n", "2", "--seed", str(2**32 - 1)], "seeds must lie in [0, 2**32)"),
         (["red apple", "--temperature", "hot"], "--temperature"),
         (["red apple", "--temperature", "0"], "temperature must be greater than 0, got 0.0"),
+        (["red apple", "--top-k", "5,x"], "must be a whole number, or several with commas between, got '5,x'"),
+        (["red apple", "--top-k", "5,4"], "top_k must be a number or one per depth (4), got 2 values"),
+        (["red apple", "--device", "tpu"], "--device must be "),
         (["red apple", "--num-iterations", "2"], "--num-iterations is not a setting of RQPipeline"),
         (["apple " * 30], "a prompt may have at most 24 tokens"),
     ],
@@ -184,7 +189,7 @@ def test_reconstruct(tmp_path, depth):
     pipe.vae.save_pretrained(tmp_path / "vae")
     photo = Image.effect_noise((21, 13), 100).convert("RGB")
     photo.save(tmp_path / "photo.png")
-    options = [] if depth is None else ["--depth", depth, "-o", "out.bmp"]
+    options = [] if depth is None else ["--depth", depth, "-o", "out.bmp", "--device", "cpu"]
     (expected,) = pipe.reconstruct(photo, depth=depth, resize=True)
     for model in ("model", "vae"):
         outcome = run(tmp_path, "reconstruct", model, "photo.png", *options)
@@ -205,6 +210,7 @@ def test_reconstruct_says_what_is_wrong(tmp_path):
     fails(tmp_path, "cannot identify image file", "reconstruct", "vae", "text.png")
     fails(tmp_path, "there is no image 'nowhere.png'", "reconstruct", "nowhere.png")
     fails(tmp_path, "--output must end in .png", "reconstruct", "photo.png", "-o", "out.txt")
+    fails(tmp_path, "--device must be ", "reconstruct", "vae", "photo.png", "--device", "cuda:99")
 
 
 def test_convert_is_the_converter(tmp_path):

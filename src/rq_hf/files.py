@@ -46,6 +46,16 @@ def checksum(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_checksums(folder: str | Path) -> dict[str, str]:
+    """The SHA-256 of every file of weights in the folder of a model or in those of a pipeline's components, by its
+    path there, as `sha256sum` prints it. Raises `ValueError` for a folder without any."""
+    found = [path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern)]
+    paths = sorted(path for path in found if path.suffix in (".safetensors", ".bin"))
+    if not paths:
+        raise ValueError(f"{folder} holds no weights, files that end in .safetensors or .bin")
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
+
+
 def replace_folder(destination: Path, finished: Path) -> None:
     """Renames `finished` to `destination`; a folder that was there before stays as `previous-…`."""
     if destination.exists():

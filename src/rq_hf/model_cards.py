@@ -31,6 +31,7 @@ CARD = """---
 ```
 {details}"""
 CARD_FILE = "README.md"
+CODE_FILE = "rq_hf_code.py"
 LIBRARIES = ("rq_hf", "torch", "diffusers", "transformers", "huggingface_hub", "numpy")
 RQ_CITATION = """@inproceedings{lee2022autoregressive,
   title = {Autoregressive Image Generation using Residual Quantization},
@@ -47,6 +48,18 @@ MAR_CITATION = """@inproceedings{li2024autoregressive,
   url = {https://arxiv.org/abs/2406.11838}
 }"""
 LOGIN = "run `hf auth login`, or set HF_TOKEN, with a token that may write to it"
+WITHOUT_THE_PACKAGE = """## Without rq_hf
+
+The code of rq_hf {version} comes with these files. This runs it where rq_hf is not installed, but torch, diffusers and
+transformers are; then the code above works. As with `trust_remote_code`, it is downloaded code: look at it first.
+
+```python
+import sys
+from huggingface_hub import snapshot_download
+
+sys.path.append(snapshot_download({repo}))
+from rq_hf_code import rq_hf
+```"""
 
 logger = logging.get_logger(__name__)
 
@@ -135,7 +148,7 @@ class HubMixin:
             repo_id: `user/name`, or a name of one's own; made if it does not exist.
             revision: branch to upload to, made if it does not exist (default: the main one).
             subfolder: where in the repository.
-            kwargs: those of `save_pretrained`.
+            kwargs: those of `save_pretrained`; `with_code=True` adds the code of this package, for people without it.
 
         Returns the address of the commit. Raises `ValueError` and `ConnectionError` like [`upload_with_card`].
         """
@@ -207,7 +220,7 @@ def open_repository(
 def upload_with_card(
     folder: str | os.PathLike,
     repo_id: str,
-    card: Callable[[str], str],
+    card: Callable[..., str],
     *,
     subfolder: str | None = None,
     private: bool | None = None,
@@ -217,15 +230,19 @@ def upload_with_card(
     commit_message: str | None = None,
 ) -> str:
     """
-    Uploads a folder to the Hub in one commit, with its `README.md` or else `card(repo_id)`, unless the repository has
-    a card: that is kept. See [`HubMixin.push_to_hub`] for the arguments.
+    Uploads a folder to the Hub in one commit, with its `README.md` or else `card(repo_id, **sections)`, unless the
+    repository has a card: that is kept. `sections`, arguments of [`model_card`], are what only the folder knows. See
+    [`HubMixin.push_to_hub`] for the other arguments.
 
     Returns the address of the commit. Raises `ValueError` where the token may not write, see [`open_repository`], and
     `ConnectionError` where the upload fails; the repository is as it was before then.
     """
     repo_id = open_repository(repo_id, private=private, token=token, create_pr=create_pr)
     path = Path(folder, CARD_FILE)
-    new_card = None if path.exists() or subfolder else card(repo_id)
+    sections = {}
+    if Path(folder, CODE_FILE).exists():
+        sections["details"] = WITHOUT_THE_PACKAGE.format(version=version("rq_hf"), repo=quoted(repo_id))
+    new_card = None if path.exists() or subfolder else card(repo_id, **sections)
     try:
         if revision is not None:
             create_branch(repo_id, branch=revision, token=token, exist_ok=True)

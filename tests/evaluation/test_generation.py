@@ -12,7 +12,6 @@ from rq_hf.evaluation.generation import (
     GenerationFolder,
     GenerationPlan,
     generate_shard,
-    hash_weights,
     resolve_sampling,
     sample_images,
 )
@@ -375,20 +374,3 @@ class TestSamples:
     def test_refuses_another_kind(self, tmp_path):
         with pytest.raises(ValueError, match="sample_type must be one of"):
             GenerationFolder(tmp_path, plan_of(), "jpg")
-
-
-def test_hash_weights_follow_the_files(tmp_path):
-    tiny_pipeline().save_pretrained(tmp_path)
-    (tmp_path / "evaluation" / "shards").mkdir(parents=True)
-    (tmp_path / "evaluation" / "shards" / "00000.safetensors").touch()  # no weights of the model
-    hashes = hash_weights(tmp_path)
-    assert set(hashes) == {"transformer/model.safetensors", "vae/diffusion_pytorch_model.safetensors"}
-    torch.manual_seed(1)
-    tiny_vae().save_pretrained(tmp_path / "vae")
-    others = hash_weights(tmp_path)
-    assert [name for name in hashes if hashes[name] != others[name]] == ["vae/diffusion_pytorch_model.safetensors"]
-
-
-def test_hash_weights_refuses_a_folder_without_any(tmp_path):
-    with pytest.raises(ValueError, match="holds no weights"):
-        hash_weights(tmp_path)

@@ -1,13 +1,13 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from processes import run_group
+from scripts import EXAMPLES, run_example
 from shapes import create_shapes, draw_shape, write_parquet, write_shapes
 from transformers import Dinov2Config, Dinov2Model
 
@@ -18,16 +18,9 @@ from rq_hf.metrics.moments import FeatureMoments
 from rq_hf.metrics.statistics import FeatureStatistics
 from rq_hf.untrusted_files import NumpyArchive
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "compute_statistics.py"
+SCRIPT = EXAMPLES / "compute_statistics.py"
 SHARD = 128
 COUNT = 2 * SHARD + 70  # three shards, so that the second of two processes has none in the last round
-
-
-def run_example(arguments, folder):
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    sys.argv = [str(SCRIPT), *map(str, arguments)]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +50,7 @@ def compute(network_folder):
 
     def run(output_file, *options, world_size=1):
         arguments = ["--cpu", "--network", network_folder, "--output_file", output_file, *options]
-        return run_group(world_size, run_example, arguments, output_file.parent)
+        return run_group(world_size, run_example, SCRIPT, arguments, output_file.parent)
 
     return run
 

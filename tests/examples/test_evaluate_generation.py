@@ -6,12 +6,12 @@ import signal
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from processes import run_group, run_script
 from safetensors import safe_open
+from scripts import EXAMPLES, run_example
 from shapes import draw_shape, write_shapes
 from tiny import MAR_CALL, NUM_CLASSES, L, tiny_mar_pipeline, tiny_pipeline, tiny_tokenizer
 from transformers import CLIPConfig, CLIPModel
@@ -24,7 +24,7 @@ from rq_hf.metrics import FeatureMoments, frechet_distance, load_feature_network
 from rq_hf.metrics.feature_networks import SMALL_CLASSIFIER
 from rq_hf.metrics.statistics import FeatureStatistics
 
-EVALUATE = Path(__file__).parents[2] / "examples" / "evaluate_generation.py"
+EVALUATE = EXAMPLES / "evaluate_generation.py"
 NUM_IMAGES, SHARD_SIZE = 36, 8
 IMAGES = ["--cpu", "--num_images", NUM_IMAGES, "--shard_size", SHARD_SIZE, "--batch_size", 5]
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -56,18 +56,10 @@ def kill_at(kind, number, rank=0):
         RQPipeline.__call__ = call_and_stop
 
 
-def run_evaluation(arguments, folder, place=None):
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after every stream
-    if place:
-        kill_at(*place)
-    sys.argv = [str(EVALUATE), *map(str, arguments)]
-    runpy.run_path(str(EVALUATE), run_name="__main__")
-
-
 def evaluate(output_dir, *arguments, world_size=1, place=None):
     arguments = [*arguments, "--output_dir", output_dir]
-    return run_group(world_size, run_evaluation, arguments, output_dir.parent, place)
+    die = [functools.partial(kill_at, *place)] if place else []
+    return run_group(world_size, run_example, EVALUATE, arguments, output_dir.parent, *die)
 
 
 def finish(output_dir, *arguments, **options):

@@ -1,13 +1,13 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from processes import run_group
+from scripts import EXAMPLES, run_example
 from shapes import draw_shape, write_shapes
 from tiny import D, tiny_kl, tiny_vae
 
@@ -16,15 +16,8 @@ from rq_hf.files import checksum
 from rq_hf.images import to_pixels
 from rq_hf.metrics import psnr
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_reconstruction.py"
+SCRIPT = EXAMPLES / "evaluate_reconstruction.py"
 COUNT, SIDE = 20, 16
-
-
-def run_example(arguments, folder):
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    sys.argv = [str(SCRIPT), *map(str, arguments)]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +42,7 @@ def evaluate(source, rqvae):
 
     def run(output_dir, *further, world_size=1, vae=rqvae):
         arguments = ["--cpu", "--vae", vae, *source, "--output_dir", output_dir, *further]
-        return run_group(world_size, run_example, arguments, output_dir.parent)
+        return run_group(world_size, run_example, SCRIPT, arguments, output_dir.parent)
 
     return run
 

@@ -1,15 +1,15 @@
+import functools
 import json
-import runpy
 import signal
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from diffusers import VQModel
-from processes import die_while_saving, run_group, run_script
+from processes import die_while_saving, run, run_group, run_script
 from safetensors.torch import load_file
+from scripts import CLASSES, EXAMPLES, TEXT, run_example
 from shapes import CAPTIONS, create_shapes, draw_shape, write_parquet, write_shapes
 from tiny import C, tiny_kl, tiny_vae
 
@@ -25,9 +25,7 @@ from rq_hf.data import (
 from rq_hf.images import to_pixels
 from rq_hf.models.continuous_latents import encode_moments
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 EXTRACT = EXAMPLES / "extract_latents.py"
-TEXT, CLASSES = EXAMPLES / "train_t2i.py", EXAMPLES / "train_class_conditional.py"
 COUNT, RESOLUTION, GRID = 20, 8, 4
 TRAIN = [
     *("--cpu", "--max_train_steps", 6, "--train_batch_size", 8, "--lr_warmup_steps", 2, "--logging_steps", 1),
@@ -44,15 +42,6 @@ OWN = {
 def private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 seconds after every stream
-
-
-def run_example(script, arguments, folder, die_at=None):
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-    if die_at:
-        die_while_saving(die_at)
-    sys.argv = [str(script), *map(str, arguments)]
-    runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
@@ -272,15 +261,16 @@ class TestCorruptImage:
 
 @pytest.mark.parametrize(("script", "options"), [(TEXT, []), (CLASSES, ["--streaming"])], ids=["captions", "classes"])
 def test_resumed_training_ends_with_the_weights_of_an_unbroken_one(script, options, rqvae, latents, tmp_path):
-    def train(output_dir, *further, die_at=None):
+    def train(output_dir, *further, die=()):
         arguments = [*TRAIN, *OWN[script], *options, "--rqvae", rqvae, "--latents", latents, *further]
         arguments += ["--output_dir", output_dir]
-        return run_group(1, run_example, script, arguments, tmp_path, die_at)[0]
+        return run(run_example, script, arguments, tmp_path, *die)
 
     outcome = train(tmp_path / "unbroken")
     assert outcome.code == 0, outcome.output
     resume = ["--resume_from_checkpoint", "latest"]
-    assert train(tmp_path / "killed", *resume, die_at="checkpoint-4/optimizer.bin").code == -signal.SIGKILL
+    die = functools.partial(die_while_saving, "checkpoint-4/optimizer.bin")
+    assert train(tmp_path / "killed", *resume, die=[die]).code == -signal.SIGKILL
     outcome = train(tmp_path / "killed", *resume)
     assert outcome.code == 0, outcome.output
 
@@ -301,6 +291,6 @@ def test_training_stops_before_it_starts_with_another_rqvae(rqvae, latents, tmp_
     torch.manual_seed(1)
     tiny_vae().save_pretrained(tmp_path / "other")
     arguments = [*TRAIN, *OWN[CLASSES], "--latents", latents, "--rqvae", tmp_path / "other", "--output_dir"]
-    outcome = run_group(1, run_example, CLASSES, [*arguments, tmp_path / "run"], tmp_path)[0]
+    outcome = run(run_example, CLASSES, [*arguments, tmp_path / "run"], tmp_path)
     assert outcome.code == 1
     assert "was extracted with another autoencoder" in outcome.output

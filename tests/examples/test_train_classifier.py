@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -88,7 +89,12 @@ class TestTraining:
         assert {tensor.dtype for tensor in weights.values()} == {torch.float16, torch.int64}
         assert SmallClassifier.from_pretrained(folder)(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
         assert "Classes: circle, square, triangle." in (folder / "README.md").read_text()
-        assert ModelCard.load(folder / "README.md").data.library_name == "rq_hf"
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == "rq_hf" and "| momentum | " in card.text
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        variables = {}
+        exec(code, variables)
+        assert variables["logits"].shape == (4, 3)
 
     def test_logs_accuracy_and_says_that_of_the_saved_file(self, finished):
         folder, output = finished

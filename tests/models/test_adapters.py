@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tiny import HEIGHT, WIDTH, tiny_codes, tiny_condition, tiny_pipeline, tiny_transformer
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from rq_hf import RQPipeline, RQTransformerModel
+from rq_hf.images import captioned_grid
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj", "up_proj", "down_proj"]}
 GREEDY = {"do_sample": False}
@@ -77,6 +79,15 @@ class TestLoRA:
         torch.testing.assert_close(mixed_in(codes, ids).logits, expected)
 
 
+def execute(folder):
+    """A card, and the images that its code makes."""
+    card = ModelCard.load(folder / "README.md")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    variables = {}
+    exec(code, variables)
+    return card, variables["images"]
+
+
 def test_example_learns_new_words(tmp_path):
     pipe = tiny_pipeline("text")
     pipe.save_pretrained(tmp_path / "model")
@@ -96,6 +107,22 @@ def test_example_learns_new_words(tmp_path):
     pipe.load_lora_weights(tmp_path / "out" / "adapter")
     torch.testing.assert_close(taught.transformer(codes, ids).logits, pipe.transformer(codes, ids).logits)
     assert (tmp_path / "out" / "samples.png").exists()
+
+    # The code of the cards makes the images that they show.
+    captions, prompts = ["green", "red fire"], ["green", "red fire", "apple", "red"]
+    given = [Image.open(tmp_path / "images" / f"{name}.png").resize((WIDTH, HEIGHT), 1) for name in captions]
+    base = RQPipeline.from_pretrained(tmp_path / "model")
+    before = base(captions, generator=torch.Generator().manual_seed(0)).images
+    card, images = execute(tmp_path / "out" / "adapter")
+    cells = [f"{row}: {caption}" for row in ("given", "before", "after") for caption in captions]
+    shown = captioned_grid([*given, *before, *images], cells, columns=2)
+    assert Image.open(tmp_path / "out" / "adapter" / "samples.png").tobytes() == shown.tobytes()
+    assert f"weights, for `{tmp_path / 'model'}`" in card.text and card.data.base_model is None
+    assert "| learning_rate | 0.02 |" in card.text and f"python {EXAMPLE} " in card.text and "red fire" in card.text
+    card, images = execute(tmp_path / "out" / "pipeline")
+    shown = captioned_grid(images, prompts)
+    assert Image.open(tmp_path / "out" / "pipeline" / "samples.png").tobytes() == shown.tobytes()
+    assert "with a LoRA adapter merged" in card.text
 
     again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert again.returncode != 0

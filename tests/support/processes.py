@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +58,9 @@ def run_group(world_size: int, function: Callable, *arguments) -> list[Outcome]:
         return [Outcome(process.exitcode, log.read_text()) for process, log in zip(processes, logs)]
 
 
-def run_script(path: Path, *arguments, before: Callable | None = None) -> Outcome:
-    """Runs a script as its command line would, after calling `before` in its process."""
-    return run(_run_script, path, arguments, before)
+def run_script(path: Path, *arguments, before: Sequence[Callable] = ()) -> Outcome:
+    """Runs a script as its command line would, after calling each of `before` in its process."""
+    return run(execute, path, arguments, *before)
 
 
 def _enter(log: Path, rank: int, world_size: int, port: int, function: Callable, *arguments) -> None:
@@ -82,10 +82,11 @@ def _enter(log: Path, rank: int, world_size: int, port: int, function: Callable,
     function(*arguments)
 
 
-def _run_script(path: Path, arguments: tuple, before: Callable | None) -> None:
+def execute(path: Path, arguments: Sequence, *before: Callable) -> None:
+    """Runs a script in this process as its command line would, after calling each of `before`."""
+    for prepare in before:
+        prepare()
     sys.argv = [str(path), *map(str, arguments)]
-    if before is not None:
-        before()
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from processes import die_while_saving, run_script
+from processes import die_while_saving, execute, run
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -44,16 +44,17 @@ TINY_MAR = [
 RESULTS = {RQVAE: "rqvae", TEXT: "pipeline", CLASSES: "pipeline"}
 
 
-def prepare(folder, die_at=None):
+def run_example(script, arguments, folder, *before):
+    """Runs a script in this process, with the cache of data sets in `folder`, after calling each of `before`."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after every epoch of a parquet stream
-    if die_at:
-        die_while_saving(die_at)
+    execute(script, arguments, *before)
 
 
 def start(script, arguments, die_at=None):
     output_dir = Path(arguments[arguments.index("--output_dir") + 1])
-    return run_script(script, *arguments, before=functools.partial(prepare, output_dir.parent, die_at))
+    die = [functools.partial(die_while_saving, die_at)] if die_at else []
+    return run(run_example, script, arguments, output_dir.parent, *die)
 
 
 def finish(script, arguments):

@@ -2,17 +2,16 @@
 
 import os
 import random
-import runpy
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
+from scripts import run_example
 
 from rq_hf.data import TrainingStream
 
@@ -27,12 +26,7 @@ def train_and_keep(folder: Path, script: Path, arguments: list[str], *before: Ca
         end_training(accelerator)
 
     Accelerator.end_training = keep_then_end
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # 5 seconds after every epoch of a parquet stream
-    for prepare in before:
-        prepare()
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    run_example(script, arguments, folder, *before)
 
 
 def die_around_step(step: int) -> None:

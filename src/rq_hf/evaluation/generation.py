@@ -34,7 +34,7 @@ from ..argument_checks import (
     check_size,
     is_integer,
 )
-from ..files import atomic_file, checksum
+from ..files import atomic_file
 from ..images import UINT8_RULES, to_uint8
 from ..metrics.moments import FeatureMoments
 from ..metrics.statistics import fingerprint
@@ -535,13 +535,3 @@ def image_name(image: int) -> str:
 
 def describe_range(numbers: range) -> str:
     return f"{numbers.start}-{numbers.stop - 1}"
-
-
-def hash_weights(folder: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of every file of weights in the folder of a model or in those of a pipeline's components, by its
-    path there, as `sha256sum` prints it. Raises `ValueError` for a folder without any."""
-    found = [path for pattern in ("*", "*/*") for path in Path(folder).glob(pattern)]
-    paths = sorted(path for path in found if path.suffix in (".safetensors", ".bin"))
-    if not paths:
-        raise ValueError(f"{folder} holds no weights, files that end in .safetensors or .bin")
-    return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}

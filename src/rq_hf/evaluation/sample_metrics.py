@@ -171,7 +171,7 @@ class SampleMetrics:
         generator = torch.Generator().manual_seed(SUBSET_SEED)
         if name == "fid":
             distance = frechet_distance(folder.moments(shards, "network.features"), self.reference.moments)
-            return {"fid" if self.network.distance_name.startswith("FID") else "frechet_distance": {"value": distance}}
+            return {self.network.distance_metric: {"value": distance}}
         if name == "kid":
             features = folder.gather(shards, "network.features")
             result = kernel_inception_distance(features, self.reference.features, **KID, generator=generator)

@@ -133,9 +133,14 @@ class FeatureNetwork:
         return cls(name, f"bicubic {size}", hash_weights(module), module, resizer(size, mean, std), module)
 
     @property
+    def distance_metric(self) -> str:
+        """`"fid"`, which is the Fréchet distance of one network only, or `"frechet_distance"`."""
+        return "fid" if self.sha256 == INCEPTION_SHA256 else "frechet_distance"
+
+    @property
     def distance_name(self) -> str:
-        """FID is the Fréchet distance of one network only; the name says how images were resized for it."""
-        return f"FID ({self.protocol})" if self.sha256 == INCEPTION_SHA256 else f"Fréchet distance ({self.name})"
+        """The same for people; that of FID says how images were resized for it."""
+        return f"FID ({self.protocol})" if self.distance_metric == "fid" else f"Fréchet distance ({self.name})"
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from ..argument_checks import check_dense, check_int64, check_range, check_size
 from ..model_cards import HubMixin, model_card, quoted, with_card
 from .offloading import unless_on_disk
 from .pretrained import check_loading_info, reading
+from .remote_code import FILE, with_code
 
 
 class ConditionalModelMixin(HubMixin):
@@ -50,7 +51,13 @@ sample = {call}"""
             check_loading_info(pretrained_model_name_or_path, info)
         return (model, info) if output_loading_info else model
 
-    save_pretrained = with_card(unless_on_disk(PreTrainedModel.save_pretrained))
+    save_pretrained = with_card(with_code(unless_on_disk(PreTrainedModel.save_pretrained)))
+
+    @property
+    def loaders(self) -> dict[str, str]:
+        """See [`with_code`]."""
+        name = type(self.config).__name__
+        return {FILE: f"{name} = rq_hf.{name}"}
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As in transformers: V condition ids become `new_num_tokens`, and the config says so.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..model_cards import HubMixin, model_card, pipeline_usage, with_card
+from ..models.remote_code import with_code
 
 LOADER_FILE = "pipeline.py"
 LOADER = """try:
@@ -15,7 +16,7 @@ LOADER = """try:
 except ModuleNotFoundError as error:
     raise ImportError("this pipeline needs the package rq_hf: pip install rq_hf") from error
 
-Pipeline = rq_hf.{name}
+{line}
 """
 
 
@@ -24,7 +25,8 @@ class PublishingMixin(HubMixin):
     Saving and publishing of a [`~diffusers.DiffusionPipeline`] whose class is in `rq_hf`.
 
     A saved folder has a `pipeline.py`, with which `DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder,
-    trust_remote_code=True)` works without `import rq_hf`. Everyone else needs neither the file nor the argument.
+    trust_remote_code=True)` works without `import rq_hf`, and without rq_hf if it was saved with `with_code=True`.
+    Everyone else needs neither the file nor the argument.
     """
 
     def card(self, model: str, call: str | None = None, **sections) -> str:
@@ -36,9 +38,11 @@ class PublishingMixin(HubMixin):
         return model_card(self.transformer.summary, usage, **sections)
 
     @with_card
+    @with_code
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """
-        See [`~diffusers.DiffusionPipeline.save_pretrained`] and, for `push_to_hub`, [`with_card`].
+        See [`~diffusers.DiffusionPipeline.save_pretrained`]; for `push_to_hub`, [`with_card`]; for `with_code`,
+        [`with_code`].
 
         Raises `ValueError` for components that diffusers would leave out, such as a model with an adapter.
         """
@@ -48,7 +52,13 @@ class PublishingMixin(HubMixin):
     def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Writes `model_index.json`, and the `pipeline.py` beside it."""
         super().save_config(save_directory, *args, **kwargs)
-        Path(save_directory, LOADER_FILE).write_text(LOADER.format(name=own_class(self)), encoding="utf-8")
+        text = LOADER.format(line=self.loaders[LOADER_FILE])
+        Path(save_directory, LOADER_FILE).write_text(text, encoding="utf-8")
+
+    @property
+    def loaders(self) -> dict[str, str]:
+        """See [`with_code`]."""
+        return {LOADER_FILE: f"Pipeline = rq_hf.{own_class(self)}"}
 
 
 def own_class(pipeline: PublishingMixin) -> str:

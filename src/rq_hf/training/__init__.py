@@ -20,7 +20,7 @@ from .autoencoder_kl import (
     evaluate_autoencoder_kl,
     set_scaling_factor,
 )
-from .cards import count_images, save_autoencoder
+from .cards import save_autoencoder, training_sections
 from .checkpoints import Checkpoints, save_finished
 from .conditions import (
     ClassArguments,
@@ -81,7 +81,6 @@ __all__ = [
     "create_scheduler",
     "create_transformer",
     "effective_codewords",
-    "count_images",
     "evaluate_autoencoder_kl",
     "evaluate_reconstructions",
     "first_pixels",
@@ -97,4 +96,5 @@ __all__ = [
     "set_scaling_factor",
     "train",
     "train_pipeline",
+    "training_sections",
 ]

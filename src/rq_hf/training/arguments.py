@@ -268,6 +268,19 @@ class DatasetArguments:
             required_columns=required_columns,
         )
 
+    def describe(self, resolution: int | None, num_images: int | None = None) -> dict[str, str | None]:
+        """`dataset`, `split` and `transform` of its first `num_images` images, resized to a square of `resolution`
+        or left as they are, as a [`FeatureStatistics`] notes them."""
+        config = f"/{self.dataset_config}" if self.dataset_config is not None else ""
+        transform = "none"
+        if resolution is not None:
+            transform = f"{'centre crop and ' if self.center_crop else ''}bilinear resize to {resolution}×{resolution}"
+        return {
+            "dataset": self.data_files if self.dataset_name is None else self.dataset_name + config,
+            "split": self.split if num_images is None else f"{self.split}[:{num_images}]",
+            "transform": transform,
+        }
+
     def create_collator(self, resolution: int, **options) -> ImageCollator:
         """`options` are further arguments of [`ImageCollator`]."""
         return ImageCollator(

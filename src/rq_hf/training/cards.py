@@ -21,21 +21,23 @@ RECONSTRUCTIONS_FILE = "reconstructions.png"
 VALIDATION = "validation/"
 COLUMNS = ("image_column", "text_column", "label_column")
 
+Dataset = datasets.Dataset | datasets.IterableDataset
 
-def training_sections(accelerator: Accelerator, configuration: dict, images: int | None, task: str) -> dict:
+
+def training_sections(accelerator: Accelerator, configuration: dict, dataset: Dataset, task: str) -> dict:
     """
     Arguments of [`rq_hf.model_cards.model_card`]: training data, command, hyper-parameters and last metrics as
     `details`, and the metadata `datasets`, `base_model` and `model-index` where there are such.
 
     Args:
         configuration: all options of the run, see [`flat_configuration`].
-        images: number of training images, if it is known.
+        dataset: of the training.
         task: of the Hub, for the `model-index`.
     """
     given = {name: value for name, value in configuration.items() if value != "None"}
     losses, validation = last_metrics(Path(accelerator.project_dir) / "log.jsonl")
     details = [
-        f"## Training data\n\n{describe_data(given, images)}",
+        f"## Training data\n\n{describe_data(given, dataset)}",
         f"## Training\n\n{describe_origin(given)}{describe_processes(accelerator)}\n\n```\n{command()}\n```",
         f"<details><summary>All hyper-parameters</summary>\n\n{table(configuration)}\n\n</details>",
     ]
@@ -75,7 +77,7 @@ def save_autoencoder(
     reconstructions: Image.Image,
     *,
     configuration: dict,
-    images: int | None = None,
+    dataset: Dataset,
     upload_to: str | None = None,
 ) -> None:
     """
@@ -84,9 +86,9 @@ def save_autoencoder(
     Args:
         card: (place of the model, sections) -> text.
         reconstructions: what the card shows.
-        configuration, images: see [`training_sections`].
+        configuration, dataset: see [`training_sections`].
     """
-    sections = training_sections(accelerator, configuration, images, "image-to-image")
+    sections = training_sections(accelerator, configuration, dataset, "image-to-image")
     sections["introduction"] = (
         f"![Reconstructions]({RECONSTRUCTIONS_FILE})\n\n*Images, and what this model makes of them.*"
     )
@@ -94,12 +96,7 @@ def save_autoencoder(
     save_finished(accelerator, autoencoder, destination, text, upload_to, {RECONSTRUCTIONS_FILE: reconstructions})
 
 
-def count_images(dataset: datasets.Dataset | datasets.IterableDataset) -> int | None:
-    """Number of images of a data set; `None` for a stream."""
-    return len(dataset) if isinstance(dataset, datasets.Dataset) else None
-
-
-def describe_data(given: dict, images: int | None) -> str:
+def describe_data(given: dict, dataset: Dataset) -> str:
     if "latents" in given:
         text = f"Latents of images, as `examples/extract_latents.py` wrote them to `{given['latents']}`"
     elif "dataset_name" in given:
@@ -110,9 +107,8 @@ def describe_data(given: dict, images: int | None) -> str:
     else:
         text = f"The files `{given['data_files']}`"
     columns = [f"{name.replace('_', ' ')} `{given[name]}`" for name in COLUMNS if name in given]
-    return (
-        text + (f", {images:,} images" if images is not None else "") + "".join(f"; {text}" for text in columns) + "."
-    )
+    count = "" if isinstance(dataset, datasets.IterableDataset) else f", {len(dataset):,} images"
+    return text + count + "".join(f"; {text}" for text in columns) + "."
 
 
 def describe_origin(given: dict) -> str:

@@ -249,7 +249,7 @@ def save_finished(
     images: dict[str, Image.Image] | None = None,
 ) -> None:
     """
-    Saves a model or pipeline with its card; a folder that was there before stays as `previous-…`.
+    Saves a model or pipeline with its card, and says where; a folder that was there before stays as `previous-…`.
 
     Args:
         model: with `save_pretrained`; used on the main process only.
@@ -264,6 +264,7 @@ def save_finished(
             for name, image in (images or {}).items():
                 image.save(folder / name)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        accelerator.print(f"saved {destination}")
         if upload_to is not None:
             try:
                 upload_folder(repo_id=upload_to, folder_path=destination, commit_message="Upload trained model")

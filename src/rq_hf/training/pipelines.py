@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from ..data import TrainingStream
 from ..images import captioned_grid
 from ..pipelines import MARPipeline, RQPipeline
-from .cards import SAMPLES_FILE, training_sections
+from .cards import SAMPLES_FILE, Dataset, training_sections
 from .checkpoints import save_finished
 from .loop import LossOutput, TrainingHook, train
 from .trackers import log_images
@@ -170,7 +170,7 @@ def save_pipeline(
     samples: dict | None,
     *,
     configuration: dict,
-    images: int | None = None,
+    dataset: Dataset,
     upload_to: str | None = None,
 ) -> None:
     """
@@ -179,9 +179,9 @@ def save_pipeline(
     Args:
         state_dict: of the transformer, as [`train`] returns it.
         samples: the pipeline's arguments for the samples; `None` for no samples.
-        configuration, images: see [`training_sections`].
+        configuration, dataset: see [`training_sections`].
     """
-    sections = training_sections(accelerator, configuration, images, pipeline.task)
+    sections = training_sections(accelerator, configuration, dataset, pipeline.task)
     files, call = {}, None
     if samples is not None:
         call = sample_call(samples)

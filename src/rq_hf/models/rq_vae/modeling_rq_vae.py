@@ -37,6 +37,7 @@ from ..codes import check_codes
 from ..offloading import check_not_group_offloaded, onload_weights, unless_on_disk
 from ..presets import load_preset
 from ..pretrained import check_loading_info, reading
+from ..remote_code import with_code
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
 
@@ -358,7 +359,8 @@ class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin,
             vectors.flatten(1, 2)[:, num_positions:] = 0
         return self.decode(self.unpatchify(vectors), return_dict=return_dict)
 
-    save_pretrained = with_card(unless_on_disk(ModelMixin.save_pretrained))
+    save_pretrained = with_card(with_code(unless_on_disk(ModelMixin.save_pretrained)))
+    loaders = {}  # with one, AutoModel of diffusers would ask everyone for trust_remote_code
 
     def card(self, model: str, **sections) -> str:
         """See [`HubMixin.card`]."""

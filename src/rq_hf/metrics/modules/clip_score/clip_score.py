@@ -3,10 +3,10 @@
 It is not scaled, and negative values count. See `rq_hf.metrics.clip_score`.
 """
 
-import datasets
 import evaluate
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 
 CITATION = """
 @inproceedings{hessel2021clipscore,
@@ -28,16 +28,7 @@ Returns:
 
 class CLIPScore(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {name: datasets.Sequence(datasets.Value("float32")) for name in ("predictions", "references")}
-            ),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=1, references=1)
 
     def _compute(self, predictions, references) -> dict[str, float]:
         return {"clip_score": metrics.clip_score(predictions, references).mean().item()}

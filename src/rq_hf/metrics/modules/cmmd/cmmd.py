@@ -3,10 +3,10 @@
 See `rq_hf.metrics.cmmd`.
 """
 
-import datasets
 import evaluate
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 
 CITATION = """
 @inproceedings{jayasumana2024rethinking,
@@ -29,14 +29,7 @@ Returns:
 
 class CMMD(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=1)
 
     def _compute(self, predictions, *, reference) -> dict[str, float]:
         return {"cmmd": metrics.cmmd(predictions, reference)}

@@ -3,10 +3,10 @@
 See `rq_hf.metrics.codebook_usage`.
 """
 
-import datasets
 import evaluate
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 
 CITATION = """
 @inproceedings{lee2022autoregressive,
@@ -29,16 +29,7 @@ Returns:
 
 class CodebookUsage(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("int64"))))}
-            ),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, dtype="int64", predictions=3)
 
     def _compute(self, predictions, *, codebook_size: int) -> dict[str, list[float]]:
         usage = metrics.codebook_usage(metrics.count_codes(predictions, codebook_size))

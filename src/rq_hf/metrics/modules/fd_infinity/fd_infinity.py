@@ -3,11 +3,11 @@
 See `rq_hf.metrics.frechet_distance_infinity`.
 """
 
-import datasets
 import evaluate
 import torch
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 
 CITATION = """
 @inproceedings{chong2020effectively,
@@ -34,14 +34,7 @@ Returns:
 
 class FDInfinity(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=1)
 
     def _compute(
         self, predictions, *, reference, sizes: int = 15, smallest: int = 5000, seed: int = 0

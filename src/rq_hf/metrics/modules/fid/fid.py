@@ -7,10 +7,10 @@ way for many images.
 
 import os
 
-import datasets
 import evaluate
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 from rq_hf.metrics.statistics import FeatureStatistics
 
 CITATION = """
@@ -39,14 +39,7 @@ Example:
 
 class FID(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=1)
 
     def _compute(self, predictions, *, reference, **provenance) -> dict[str, float]:
         if isinstance(reference, str | os.PathLike):

@@ -3,11 +3,11 @@
 See `rq_hf.metrics.kernel_inception_distance`.
 """
 
-import datasets
 import evaluate
 import torch
 
 from rq_hf import metrics
+from rq_hf.metrics.module_info import metric_info
 
 CITATION = """
 @inproceedings{binkowski2018demystifying,
@@ -33,14 +33,7 @@ Returns:
 
 class KID(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float32"))}),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=1)
 
     def _compute(
         self, predictions, *, reference, subsets: int = 100, subset_size: int = 1000, seed: int = 0

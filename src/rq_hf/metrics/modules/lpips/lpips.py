@@ -3,12 +3,11 @@
 See `rq_hf.metrics.LPIPS`.
 """
 
-import datasets
 import evaluate
 import torch
 
 from rq_hf import metrics
-from rq_hf.metrics.reconstruction import check_pixels
+from rq_hf.metrics.module_info import mean_over_images, metric_info
 
 CITATION = """
 @inproceedings{zhang2018unreasonable,
@@ -31,24 +30,9 @@ Returns:
 
 class LPIPS(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {
-                    name: datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-                    for name in ("predictions", "references")
-                }
-            ),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=3, references=3)
 
     def _compute(self, predictions, references, *, vgg: str, heads: str) -> dict[str, float]:
-        check_pixels("predictions", predictions)
-        check_pixels("references", references)
         distance = metrics.LPIPS.from_pretrained(vgg, heads)
         with torch.no_grad():
-            distances = [distance(*batch) for batch in zip(predictions.split(16), references.split(16))]
-        return {"lpips": torch.cat(distances).mean().item()}
+            return {"lpips": mean_over_images(distance, predictions, references, 16)}

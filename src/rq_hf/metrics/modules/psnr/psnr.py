@@ -3,12 +3,10 @@
 Both are rounded to 8 bits first. See `rq_hf.metrics.psnr`.
 """
 
-import datasets
 import evaluate
-import torch
 
 from rq_hf import metrics
-from rq_hf.metrics.reconstruction import check_pixels
+from rq_hf.metrics.module_info import mean_over_images, metric_info
 
 CITATION = """
 @book{gonzalez2018digital,
@@ -30,22 +28,7 @@ Returns:
 
 class PSNR(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {
-                    name: datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-                    for name in ("predictions", "references")
-                }
-            ),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=3, references=3)
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        check_pixels("predictions", predictions)
-        check_pixels("references", references)
-        batches = zip(predictions.split(64), references.split(64))
-        return {"psnr": torch.cat([metrics.psnr(*batch) for batch in batches]).mean().item()}
+        return {"psnr": mean_over_images(metrics.psnr, predictions, references, 64)}

@@ -3,12 +3,10 @@
 Both are rounded to 8 bits first. See `rq_hf.metrics.ssim`.
 """
 
-import datasets
 import evaluate
-import torch
 
 from rq_hf import metrics
-from rq_hf.metrics.reconstruction import check_pixels
+from rq_hf.metrics.module_info import mean_over_images, metric_info
 
 CITATION = """
 @article{wang2004image,
@@ -30,22 +28,7 @@ Returns:
 
 class SSIM(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        info = evaluate.MetricInfo(
-            description=__doc__,
-            citation=CITATION,
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {
-                    name: datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-                    for name in ("predictions", "references")
-                }
-            ),
-        )
-        info.format = "torch"  # which MetricInfo accepts for single numbers only
-        return info
+        return metric_info(__doc__, CITATION, INPUTS, predictions=3, references=3)
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        check_pixels("predictions", predictions)
-        check_pixels("references", references)
-        batches = zip(predictions.split(64), references.split(64))
-        return {"ssim": torch.cat([metrics.ssim(*batch) for batch in batches]).mean().item()}
+        return {"ssim": mean_over_images(metrics.ssim, predictions, references, 64)}
