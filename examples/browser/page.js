@@ -63,7 +63,7 @@ const HANDLERS = {
       link.hidden = false;
     }
     const finished = [...figures.values()].filter((other) => !other.classList.contains("unfinished")).length;
-    progress.value = finished / figures.size;
+    progress.value = (finished + (share % 1)) / figures.size;
     status.textContent = `Sampling: ${finished} of ${figures.size}`;
   },
 
@@ -79,7 +79,8 @@ const HANDLERS = {
     }
     message.textContent = failure.message;
     message.hidden = false;
-    setBusy(description === undefined);
+    setBusy(false);
+    button.disabled = description === undefined; // without a model
     status.textContent = "";
   },
 };
