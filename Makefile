@@ -11,13 +11,18 @@ SOURCES := $(wildcard src examples docs tests benchmarks)
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo docs test test-floors test-newest quality style
+.PHONY: help demo browser docs test test-floors test-newest quality style
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## sample images: make demo PROMPT="fire engine" MODEL=mar
 	@$(PY) examples/demo.py --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT")
+
+browser: $(READY) ## emoji in your browser alone, on http://localhost:8000 (needs npm)
+	@test -d examples/browser/model || $(PY) -m rq_hf.export_onnx --dtype float16 --output_dir examples/browser/model
+	@npm install --prefix examples/browser --ignore-scripts --no-audit --no-fund --no-package-lock
+	@$(PY) -m http.server --bind 127.0.0.1 --directory examples/browser 8000
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY) ## build the documentation as a site: site/index.html

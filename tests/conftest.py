@@ -19,3 +19,14 @@ def seeded():
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emoji_onnx(tmp_path_factory):
+    """The emoji model of the package, exported as ONNX with weights in half precision."""
+    from rq_hf import EMOJI_MODEL
+    from rq_hf.export_onnx import export_onnx
+
+    folder = tmp_path_factory.mktemp("emoji") / "onnx"
+    export_onnx(EMOJI_MODEL, folder, dtype="float16")
+    return folder

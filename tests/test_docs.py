@@ -25,7 +25,7 @@ from processes import run
 
 import rq_hf
 
-SLOW = ("README", "data", "first-training", "mar", "rate-distortion", "sampling", "training")
+SLOW = ("README", "browser", "data", "first-training", "mar", "rate-distortion", "sampling", "training")
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 

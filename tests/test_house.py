@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "convert": GROUND | {"models", "pipelines"},
     "_registration": {"models", "pipelines", "convert"},
     "__init__": {"models", "pipelines", "convert", "_registration"},
+    "export_onnx": GROUND | {"models", "pipelines", "rq_hf_cli"},
     "model_info": GROUND | {"models", "pipelines", "convert"},
     "rq_hf_cli": GROUND | {"__init__", "models", "pipelines", "convert", "model_info"},
     "__main__": {"rq_hf_cli"},

@@ -10,11 +10,17 @@ import rq_hf
 
 ROOT = Path(__file__).parents[2]
 DOCS, CARDS, IMAGES = ROOT / "docs", ROOT / "model_cards", ROOT / "docs" / "images"
+PAGE = ROOT / "examples" / "browser"
+PAGE_FILES = ("index.html", "model.js", "page.js", "sampling.js", "style.css", "tokenizer.js", "worker.js")
 SIDE = 64
 COLUMNS = {"coarse_to_fine.png": 4, "variations.png": 4, "completions.png": 5, "being_drawn.png": 4}
 EMOJI, MAR_EMOJI = Path(rq_hf.EMOJI_MODEL), Path(rq_hf.MAR_EMOJI_MODEL)
 SOURCES = {  # of a manifest: scripts and models
     "make_figures": ([DOCS / "make_figures.py", ROOT / "examples" / "demo.py"], [EMOJI]),
+    "make_browser_figure": (
+        [DOCS / "make_browser_figure.py", *(PAGE / name for name in PAGE_FILES)],
+        [EMOJI],
+    ),
     "make_mar_figures": ([DOCS / "make_mar_figures.py"], [MAR_EMOJI]),
     "readme/make_readme_figures": ([ROOT / "README.md"], [EMOJI, MAR_EMOJI]),
 }
