@@ -1,0 +1,513 @@
+"""A web page to create images, to compare, vary and complete them, and to see them at every depth of their codes.
+
+    python examples/web_demo.py
+    python examples/web_demo.py --model models/imagenet-1.4b
+
+Needs the extra `demo`. It is also a Space: see examples/space/README.md.
+"""
+
+import argparse
+import math
+import os
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+
+from rq_hf import EMOJI_MODEL, MAR_EMOJI_MODEL, MARPipeline, RQPipeline
+from rq_hf.images import to_rgb
+from rq_hf.models.rq_transformer.generation_settings import DEFAULTS
+from rq_hf.untrusted_files import one_line
+
+try:
+    import spaces  # GPUs of Spaces that are lent for a call
+except ImportError:
+    spaces = None
+
+MODELS = {"rq": EMOJI_MODEL, "mar": MAR_EMOJI_MODEL}
+PROMPTS = ["red apple", "fire engine", "sunflower", "octopus", "woman astronaut medium skin tone"]
+MAX_IMAGES = 8
+MAX_PROMPT = 300  # characters
+MAX_PIXELS = 24_000_000
+MAX_FILE_SIZE = "20mb"
+MAX_WAITING = 20  # visitors
+LARGEST_SEED = 2**32 - 1
+PREVIEWS = 8  # of an image while it is sampled
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+LABELS = {
+    "guidance_scale": ("Guidance", "how closely to follow the words; 1 is no guidance"),
+    "temperature": ("Temperature", "higher is more varied, lower more typical"),
+    "top_k": ("Top-k", "sample from so many of the likeliest codes"),
+    "top_p": ("Top-p", "sample from the likeliest codes with this share of the probability"),
+    "num_iterations": ("Iterations", "in which the tokens of an image are sampled"),
+    "num_inference_steps": ("Denoising steps", "of each token"),
+}
+NAMES = {"rq": "Residual quantization", "mar": "MAR"}
+TITLE = "Images, token by token"
+INTRODUCTION = "Say what to create, and press **Create**. The images appear while they are sampled."
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto !important; }
+.grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
+.gallery-item .caption-label { position: static; max-width: none; border-width: 1px 0 0; text-align: center; }
+.gallery-item .thumbnail-lg { display: flex; flex-direction: column; aspect-ratio: auto; height: auto; }
+.gallery-item .thumbnail-lg img { aspect-ratio: 1; height: auto; }
+"""
+
+Pipeline = RQPipeline | MARPipeline
+Captioned = list[tuple[Image.Image, str]]
+
+# Pipelines are not shared between calls. A call that a visitor has left ends here before the next one begins.
+WORKER = ThreadPoolExecutor(max_workers=1)
+
+
+def load(model: str) -> Pipeline:
+    """The pipeline of a folder or Hub id, or `"rq"` or `"mar"`, on the accelerator if there is one."""
+    pipe = DiffusionPipeline.from_pretrained(MODELS.get(model, model))
+    if not isinstance(pipe, Pipeline):
+        raise ValueError(f"--model must name pipelines of rq_hf, got {model} of class {type(pipe).__name__}")
+    pipe.set_progress_bar_config(disable=True)
+    # The GPUs of Spaces show themselves only to torch.cuda.
+    accelerator = "cuda" if torch.cuda.is_available() else torch.accelerator.current_accelerator(check_available=True)
+    return pipe.to(accelerator or "cpu")
+
+
+def settings_of(pipe: Pipeline) -> dict[str, tuple[float, float, float, float]]:
+    """Lowest and highest value, that of the model, and the step of every setting that is one number."""
+    config = pipe.transformer.config
+    if isinstance(pipe, MARPipeline):
+        settings = {
+            "guidance_scale": (1, 10, 3.0, 0.1),
+            "temperature": (0.5, 1.5, 1.0, 0.05),
+            "num_iterations": (1, config.num_tokens, min(16, config.num_tokens), 1),
+            "num_inference_steps": (2, 100, 25, 1),
+        }
+    else:
+        own = {name: getattr(pipe.transformer.generation_config, name, None) for name in DEFAULTS}
+        own = {name: default if own[name] is None else own[name] for name, default in DEFAULTS.items()}
+        settings = {
+            "guidance_scale": (1, 10, own["guidance_scale"], 0.1),
+            "temperature": (0.05, 2, own["temperature"], 0.05),
+            "top_k": (1, config.codebook_size, own["top_k"] or config.codebook_size, 1),
+            "top_p": (0.05, 1, own["top_p"], 0.05),
+        }
+    if config.null_cond_id is None:
+        del settings["guidance_scale"]
+    return {name: numbers for name, numbers in settings.items() if not isinstance(numbers[2], list)}
+
+
+def classes_of(pipe: Pipeline) -> list[tuple[str, int]]:
+    """Names and numbers of the classes of a class-conditional model."""
+    config = pipe.transformer.config
+    numbers = [number for number in range(config.cond_vocab_size) if number != config.null_cond_id]
+    named = len(config.id2label) == len(numbers)
+    return [(config.id2label[number] if named else str(number), number) for number in numbers]
+
+
+def conditions_of(pipe: Pipeline, values: list) -> dict:
+    """The arguments of the pipeline that say what to sample: a prompt or class for every image, or how many images."""
+    if pipe.is_text_conditional:
+        for text in values:
+            if not text.strip():
+                raise ValueError("Say in words what to create, for example: red apple")
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"A prompt may have {MAX_PROMPT} characters, this one has {len(text)}")
+        return {"prompt": values}
+    return {"class_labels": values} if pipe.is_class_conditional else {"batch_size": len(values)}
+
+
+def read_image(file: str) -> Image.Image:
+    """An uploaded image in RGB. Raises `ValueError`, in words for visitors, for anything else."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return to_rgb(image)
+    except Image.DecompressionBombError as error:
+        limit = MAX_PIXELS // 1_000_000
+        raise ValueError(f"This image has more than {limit} megapixels: make it smaller first") from error
+    except Exception as error:  # a broken file can raise anything
+        raise ValueError(f"This file is no image, or damaged; {', '.join(FORMATS)} can be read") from error
+
+
+def sample(pipe: Pipeline, values: list, seeds: list[int], **arguments) -> Iterator[Captioned]:
+    """Yields the images about `PREVIEWS` times while they are sampled, and the finished ones at last.
+
+    `values` are prompts or classes, or `None` for an unconditional model.
+    """
+    captions = [f"seed {seed}" for seed in seeds]
+    if len(set(values)) > 1:
+        names = [pipe.transformer.config.id2label.get(value, value) for value in values]
+        captions = [f"{name} · {caption}" for name, caption in zip(names, captions)]
+    previews, left = SimpleQueue(), threading.Event()
+
+    def on_step(pipe, step, number, tensors):
+        if left.is_set():
+            pipe._interrupt = True
+        elif (step + 1) % math.ceil(pipe.num_timesteps / PREVIEWS) == 0:
+            if isinstance(pipe, MARPipeline):
+                previews.put(pipe.decode_latents(tensors["latents"]))
+            else:
+                previews.put(pipe.decode_codes(tensors["codes"], num_positions=number + 1))
+        return {}
+
+    arguments |= conditions_of(pipe, values)
+    finished = WORKER.submit(pipe, generator=seeds, callback_on_step_end=on_step, **arguments)
+    finished.add_done_callback(lambda _: previews.put(None))
+    try:
+        for images in iter(previews.get, None):
+            yield list(zip(images, captions))
+        yield list(zip(finished.result().images, captions))
+    finally:
+        left.set()
+
+
+# What a visitor can do. `value` is a prompt or a class, or `None`; an image is sampled for every seed.
+
+
+def create(pipe: Pipeline, value, seeds: list[int], settings: dict) -> Iterator[Captioned]:
+    yield from sample(pipe, [value] * len(seeds), seeds, **settings)
+
+
+def compare(pipe: Pipeline, value, seeds: list[int], settings: dict, other) -> Iterator[Captioned]:
+    """Two images for every seed, side by side."""
+    yield from sample(pipe, [value, other] * len(seeds), [seed for seed in seeds for _ in range(2)], **settings)
+
+
+def vary(
+    pipe: Pipeline, value, seeds: list[int], settings: dict, image: Image.Image, kept: int
+) -> Iterator[Captioned]:
+    """Keeps so many codes of every position; by MAR, this percentage of the tokens."""
+    encoded = pipe.encode_image(image, resize=True)
+    if isinstance(pipe, MARPipeline):
+        strength = 1 - kept / 100
+        num_hidden = math.ceil(strength * pipe.transformer.config.num_tokens)
+        given = {"known_latents": encoded, "strength": strength} | at_most(settings, num_hidden)
+    else:
+        given = {"prefix_codes": encoded.expand(len(seeds), -1, -1, -1), "keep_depth": kept}
+    yield from sample(pipe, [value] * len(seeds), seeds, **settings | given)
+
+
+def complete(
+    pipe: RQPipeline, value, seeds: list[int], settings: dict, image: Image.Image, rows: int
+) -> Iterator[Captioned]:
+    """Keeps the codes of the upper rows."""
+    codes = pipe.encode_image(image, resize=True).expand(len(seeds), -1, -1, -1)
+    start = rows * codes.shape[2]
+    yield from sample(pipe, [value] * len(seeds), seeds, **settings, prefix_codes=codes, start=start)
+
+
+def repaint(
+    pipe: MARPipeline, value, seeds: list[int], settings: dict, drawing: dict[str, Image.Image | list[Image.Image]]
+) -> Iterator[Captioned]:
+    """Samples anew what is painted over: every token that the paint touches."""
+    grid_size = pipe.transformer.config.grid_size
+    mask = torch.zeros(grid_size, dtype=torch.bool)
+    for layer in drawing["layers"]:
+        paint = ImageOps.fit(layer.getchannel("A"), grid_size[::-1], Image.Resampling.BOX)
+        mask |= torch.from_numpy(np.asarray(paint) > 0)
+    if not mask.any():
+        raise ValueError("Paint over the part of the image that is to be sampled anew first")
+    latents = pipe.encode_image(drawing["background"].convert("RGB"), resize=True)
+    given = {"known_latents": latents, "mask": mask.flatten()[None]} | at_most(settings, int(mask.sum()))
+    yield from sample(pipe, [value] * len(seeds), seeds, **settings | given)
+
+
+def at_most(settings: dict, num_tokens: int) -> dict:
+    """The iterations of MAR where only so many tokens are sampled: at most one per token."""
+    return {"num_iterations": min(settings["num_iterations"], num_tokens)}
+
+
+def reconstruct(pipe: Pipeline, image: Image.Image, depth: int | None) -> Image.Image:
+    """An image from the first `depth` codes of every position; by MAR, from its latents."""
+    given = {} if depth is None else {"depth": depth}
+    return pipe.reconstruct(image, resize=True, **given)[0]
+
+
+# The page. Gradio, which is optional, is imported here alone.
+
+
+@contextmanager
+def messages():
+    """Shows errors in what a visitor gave on the page."""
+    import gradio as gr
+
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise gr.Error(one_line(error), print_exception=False) from error
+
+
+def guard(component, read: Callable) -> None:
+    """Has an input component read what it is given by `read`, and files of visitors only: Gradio would also download
+    what a client names by URL."""
+    from gradio_client.utils import is_http_url_like
+
+    keep = component.async_move_resource_to_block_cache
+
+    async def keep_file(path):
+        with messages():
+            if is_http_url_like(str(path)):
+                raise ValueError("Upload the image itself")
+        return await keep(path)
+
+    def preprocess(payload):
+        with messages():
+            if payload is None:
+                raise ValueError("Upload an image first")
+            return read(payload)
+
+    component.async_move_resource_to_block_cache = keep_file
+    component.preprocess = preprocess
+
+
+class Latest(OrderedDict):
+    """The values that were set last: drawings that visitors have begun."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        while len(self) > MAX_WAITING:
+            self.popitem(last=False)
+
+
+def upload_image(label: str, name: str):
+    import gradio as gr
+
+    image = gr.Image(
+        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, elem_id=name
+    )
+    guard(image, lambda payload: read_image(payload.path))
+    return image
+
+
+def paint_on_image(label: str, name: str):
+    import gradio as gr
+
+    brush = gr.Brush(default_size=60, colors=["rgb(255, 0, 128)"], color_mode="fixed")
+    editor = gr.ImageEditor(
+        label=label,
+        type="pil",
+        format="png",
+        sources=["upload", "clipboard"],
+        transforms=None,
+        layers=False,
+        brush=brush,
+        canvas_size=(400, 400),
+        elem_id=name,
+    )
+    editor.blob_storage = Latest()
+    read = editor.preprocess
+
+    def read_drawing(payload):
+        try:
+            drawing = read(payload)
+        except Exception as error:  # a broken file can raise anything
+            raise ValueError("This drawing cannot be read") from error
+        if drawing["background"] is None:
+            raise ValueError("Upload an image first")
+        return drawing
+
+    guard(editor, read_drawing)
+    return editor
+
+
+def condition_input(pipe: Pipeline, label: str, value: str, name: str):
+    """The input that says what to sample: words, a class, or nothing."""
+    import gradio as gr
+
+    if pipe.is_text_conditional:
+        return gr.Textbox(value, label=label, max_length=MAX_PROMPT, elem_id=name)
+    if pipe.is_class_conditional:
+        classes = classes_of(pipe)
+        return gr.Dropdown(classes, value=classes[0][1], label=label, elem_id=name)
+    return gr.State()
+
+
+def add_page(pipe: Pipeline, number: int) -> None:
+    """The controls of one model, and a tab for everything it can do."""
+    import gradio as gr
+
+    is_mar = isinstance(pipe, MARPipeline)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            value = condition_input(pipe, "What to create", PROMPTS[0], f"value-{number}")
+            if pipe.is_text_conditional:
+                gr.Examples(PROMPTS, value, label="For example")
+            count = gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images", elem_id=f"count-{number}")
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id=f"seed-{number}")
+                is_new = gr.Checkbox(True, label="New seed every time", elem_id=f"new-{number}")
+            with gr.Accordion("Settings", open=False):
+                sliders = {}
+                for setting, (lowest, highest, own, step) in settings_of(pipe).items():
+                    label, info = LABELS[setting]
+                    whole = {"precision": 0} if step == 1 else {}
+                    sliders[setting] = gr.Slider(
+                        lowest, max(highest, own), own, step=step, label=label, info=info, **whole
+                    )
+        common = [value, count, seed, is_new, *sliders.values()]
+
+        def add_task(task: Callable, label: str, *more, columns: int = 4):
+            """A button that starts a task with `more` inputs, and the images that it gives."""
+            button = gr.Button(label, variant="primary", elem_id=f"{task.__name__}-{number}")
+            gallery = gr.Gallery(
+                format="png",
+                columns=columns,
+                height="auto",
+                object_fit="contain",
+                show_label=False,
+                interactive=False,
+                elem_id=f"{task.__name__}-images-{number}",
+            )
+
+            def run(value, count, seed, is_new, *rest):
+                with messages():
+                    if is_new:
+                        seed = random.randrange(1_000_000)
+                    if seed is None or seed + count - 1 > LARGEST_SEED:
+                        raise ValueError(f"Seeds must lie in [0, {LARGEST_SEED}]")
+                    settings, more = dict(zip(sliders, rest)), rest[len(sliders) :]
+                    for images in task(pipe, value, list(range(seed, seed + count)), settings, *more):
+                        yield images, seed
+
+            triggers = [button.click]
+            if task is create and pipe.is_text_conditional:
+                triggers.append(value.submit)
+            gr.on(
+                triggers,
+                on_gpu(run),
+                [*common, *more],
+                [gallery, seed],
+                api_name=task.__name__,
+                concurrency_id="model",
+                show_progress_on=gallery,
+            )
+            return gallery
+
+        with gr.Column(scale=3, min_width=300), gr.Tabs() as tabs:
+            with gr.Tab("Create", id="create"):
+                created = add_task(create, "Create")
+                links = gr.Row()
+            if not isinstance(value, gr.State):
+                with gr.Tab("Compare", id="compare"):
+                    other = condition_input(pipe, "Beside it, from the same seeds", PROMPTS[1], f"other-{number}")
+                    add_task(compare, "Compare", other, columns=2)
+            with gr.Tab("Vary", id="vary"):
+                to_vary = upload_image("An image", f"vary-upload-{number}")
+                if is_mar:
+                    kept = gr.Slider(5, 95, 50, step=5, precision=0, label="Kept", info="percent of its tokens")
+                else:
+                    last, info = pipe.vae.config.depth - 1, "codes of every position, coarse to fine"
+                    kept = gr.Slider(1, last, 1, step=1, precision=0, label="Kept", info=info)
+                add_task(vary, "Vary", to_vary, kept)
+            with gr.Tab("Complete", id="complete"):
+                if is_mar:
+                    to_complete = paint_on_image("Paint over what is to be new", f"repaint-upload-{number}")
+                    add_task(repaint, "Complete", to_complete)
+                else:
+                    to_complete = upload_image("An image", f"complete-upload-{number}")
+                    height = pipe.transformer.config.code_shape[0]
+                    info = f"rows of its codes, from the top; the image has {height}"
+                    rows = gr.Slider(1, height - 1, height // 2, step=1, precision=0, label="Kept", info=info)
+                    add_task(complete, "Complete", to_complete, rows)
+            with gr.Tab("Reconstruct", id="reconstruct"):
+                to_reconstruct = upload_image("An image", f"reconstruct-upload-{number}")
+                inputs = [to_reconstruct]
+                if not is_mar:
+                    info = "codes of every position, coarse to fine"
+                    last = pipe.vae.config.depth
+                    depth = gr.Slider(1, last, last, step=1, precision=0, label="Depth", info=info)
+                    inputs.append(depth)
+                add_reconstruction(pipe, inputs, f"reconstruct-{number}")
+
+    goals = {"Vary": to_vary, "Complete": to_complete, "Reconstruct": to_reconstruct}
+    with links:
+        for label, goal in goals.items():
+            button = gr.Button(f"{label} it", size="sm", elem_id=f"to-{label.lower()}-{number}")
+            button.click(None, created, goal, js=take_image(created.elem_id, goal))
+            button.click(lambda tab=label.lower(): gr.Tabs(selected=tab), None, tabs, api_visibility="private")
+
+
+def add_reconstruction(pipe: Pipeline, inputs: list, name: str) -> None:
+    """An image that follows the inputs: an upload, and a depth."""
+    import gradio as gr
+
+    result = gr.Image(label="Reconstruction", format="png", interactive=False, height=260, elem_id=name)
+
+    def run(*values):
+        with messages():
+            return reconstruct(pipe, *values)
+
+    triggers = [inputs[0].upload, inputs[0].change, *(slider.release for slider in inputs[1:])]
+    gr.on(
+        triggers,
+        on_gpu(run),
+        inputs,
+        result,
+        api_name="reconstruct",
+        concurrency_id="model",
+        trigger_mode="always_last",
+    )
+
+
+def take_image(gallery: str, goal) -> str:
+    """JavaScript that takes the chosen image of a gallery, or the first."""
+    image = "images[Math.max(0, chosen)].image"
+    if "editor" in goal.get_block_name():
+        image = f"{{background: {image}, layers: [], composite: null}}"
+    chosen = f"[...document.querySelectorAll('#{gallery} .thumbnail-item')].findIndex(e => e.matches('.selected'))"
+    return f"images => {{ const chosen = {chosen}; return images?.length ? {image} : null; }}"
+
+
+def on_gpu(function: Callable) -> Callable:
+    """The function on a GPU that is lent for every call, where this is a Space with such GPUs."""
+    return spaces.GPU(function) if spaces is not None else function
+
+
+def build(models: list[str]):
+    """The page of these models, one tab for each."""
+    import gradio as gr
+
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has more than twice as many
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}")
+        if len(models) == 1:
+            add_page(load(models[0]), 0)
+        else:
+            for number, model in enumerate(models):
+                with gr.Tab(NAMES.get(model) or Path(model).name):
+                    add_page(load(model), number)
+    page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=os.environ.get("RQ_HF_MODELS", "rq mar").split(),
+        help="rq, mar, or pipelines of ours, folders or Hub ids; default: the variable RQ_HF_MODELS, or rq mar",
+    )
+    args = parser.parse_args()
+
+    import gradio as gr
+
+    font, font_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # others would be downloaded
+    build(args.model).launch(
+        theme=gr.themes.Default(font=font, font_mono=font_mono),
+        css=CSS,
+        max_file_size=MAX_FILE_SIZE,
+        footer_links=[],
+        ssr_mode=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
