@@ -7,6 +7,7 @@ Needs the extra `demo`. It is also a Space: see examples/space/README.md.
 """
 
 import argparse
+import functools
 import math
 import os
 import random
@@ -60,6 +61,7 @@ CSS = """
 .gallery-item .caption-label { position: static; max-width: none; border-width: 1px 0 0; text-align: center; }
 .gallery-item .thumbnail-lg { display: flex; flex-direction: column; aspect-ratio: auto; height: auto; }
 .gallery-item .thumbnail-lg img { aspect-ratio: 1; height: auto; }
+.image-frame, .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 Pipeline = RQPipeline | MARPipeline
@@ -184,7 +186,7 @@ def vary(
     pipe: Pipeline, value, seeds: list[int], settings: dict, image: Image.Image, kept: int
 ) -> Iterator[Captioned]:
     """Keeps so many codes of every position; by MAR, this percentage of the tokens."""
-    encoded = pipe.encode_image(image, resize=True)
+    encoded = encode(pipe, image)
     if isinstance(pipe, MARPipeline):
         strength = 1 - kept / 100
         num_hidden = math.ceil(strength * pipe.transformer.config.num_tokens)
@@ -198,7 +200,7 @@ def complete(
     pipe: RQPipeline, value, seeds: list[int], settings: dict, image: Image.Image, rows: int
 ) -> Iterator[Captioned]:
     """Keeps the codes of the upper rows."""
-    codes = pipe.encode_image(image, resize=True).expand(len(seeds), -1, -1, -1)
+    codes = encode(pipe, image).expand(len(seeds), -1, -1, -1)
     start = rows * codes.shape[2]
     yield from sample(pipe, [value] * len(seeds), seeds, **settings, prefix_codes=codes, start=start)
 
@@ -207,6 +209,7 @@ def repaint(
     pipe: MARPipeline, value, seeds: list[int], settings: dict, drawing: dict[str, Image.Image | list[Image.Image]]
 ) -> Iterator[Captioned]:
     """Samples anew what is painted over: every token that the paint touches."""
+    latents = encode(pipe, drawing and drawing["background"])
     grid_size = pipe.transformer.config.grid_size
     mask = torch.zeros(grid_size, dtype=torch.bool)
     for layer in drawing["layers"]:
@@ -214,9 +217,15 @@ def repaint(
         mask |= torch.from_numpy(np.asarray(paint) > 0)
     if not mask.any():
         raise ValueError("Paint over the part of the image that is to be sampled anew first")
-    latents = pipe.encode_image(drawing["background"].convert("RGB"), resize=True)
     given = {"known_latents": latents, "mask": mask.flatten()[None]} | at_most(settings, int(mask.sum()))
     yield from sample(pipe, [value] * len(seeds), seeds, **settings | given)
+
+
+def encode(pipe: Pipeline, image: Image.Image | None) -> torch.Tensor:
+    """Codes or latents of one image of any size."""
+    if image is None:
+        raise ValueError("Upload an image first")
+    return pipe.encode_image(image, resize=True)
 
 
 def at_most(settings: dict, num_tokens: int) -> dict:
@@ -224,8 +233,10 @@ def at_most(settings: dict, num_tokens: int) -> dict:
     return {"num_iterations": min(settings["num_iterations"], num_tokens)}
 
 
-def reconstruct(pipe: Pipeline, image: Image.Image, depth: int | None) -> Image.Image:
+def reconstruct(pipe: Pipeline, image: Image.Image | None, depth: int | None) -> Image.Image | None:
     """An image from the first `depth` codes of every position; by MAR, from its latents."""
+    if image is None:
+        return None
     given = {} if depth is None else {"depth": depth}
     return pipe.reconstruct(image, resize=True, **given)[0]
 
@@ -259,9 +270,7 @@ def guard(component, read: Callable) -> None:
 
     def preprocess(payload):
         with messages():
-            if payload is None:
-                raise ValueError("Upload an image first")
-            return read(payload)
+            return None if payload is None else read(payload)
 
     component.async_move_resource_to_block_cache = keep_file
     component.preprocess = preprocess
@@ -276,22 +285,22 @@ class Latest(OrderedDict):
             self.popitem(last=False)
 
 
-def upload_image(label: str, name: str):
+def upload_image(name: str):
     import gradio as gr
 
     image = gr.Image(
-        label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, elem_id=name
+        label="An image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, elem_id=name
     )
     guard(image, lambda payload: read_image(payload.path))
     return image
 
 
-def paint_on_image(label: str, name: str):
+def paint_on_image(name: str):
     import gradio as gr
 
     brush = gr.Brush(default_size=60, colors=["rgb(255, 0, 128)"], color_mode="fixed")
     editor = gr.ImageEditor(
-        label=label,
+        label="Paint over what is to be new",
         type="pil",
         format="png",
         sources=["upload", "clipboard"],
@@ -309,9 +318,7 @@ def paint_on_image(label: str, name: str):
             drawing = read(payload)
         except Exception as error:  # a broken file can raise anything
             raise ValueError("This drawing cannot be read") from error
-        if drawing["background"] is None:
-            raise ValueError("Upload an image first")
-        return drawing
+        return drawing if drawing["background"] is not None else None
 
     guard(editor, read_drawing)
     return editor
@@ -329,131 +336,164 @@ def condition_input(pipe: Pipeline, label: str, value: str, name: str):
     return gr.State()
 
 
-def add_page(pipe: Pipeline, number: int) -> None:
+def slider(label: str, info: str | None, lowest: float, highest: float, value: float, step: float, name: str):
+    """A slider, of integers where `step` is one; no control where there is nothing to choose."""
+    import gradio as gr
+
+    if lowest == highest:
+        return gr.State(value)
+    whole = {"precision": 0} if isinstance(step, int) else {}
+    return gr.Slider(lowest, highest, value, step=step, label=label, info=info, elem_id=name, **whole)
+
+
+class Page:
     """The controls of one model, and a tab for everything it can do."""
-    import gradio as gr
 
-    is_mar = isinstance(pipe, MARPipeline)
-    with gr.Row():
-        with gr.Column(scale=2, min_width=300):
-            value = condition_input(pipe, "What to create", PROMPTS[0], f"value-{number}")
-            if pipe.is_text_conditional:
-                gr.Examples(PROMPTS, value, label="For example")
-            count = gr.Slider(1, MAX_IMAGES, 4, step=1, precision=0, label="Images", elem_id=f"count-{number}")
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id=f"seed-{number}")
-                is_new = gr.Checkbox(True, label="New seed every time", elem_id=f"new-{number}")
-            with gr.Accordion("Settings", open=False):
-                sliders = {}
-                for setting, (lowest, highest, own, step) in settings_of(pipe).items():
-                    label, info = LABELS[setting]
-                    whole = {"precision": 0} if step == 1 else {}
-                    sliders[setting] = gr.Slider(
-                        lowest, max(highest, own), own, step=step, label=label, info=info, **whole
-                    )
-        common = [value, count, seed, is_new, *sliders.values()]
+    def __init__(self, pipe: Pipeline, number: int):
+        import gradio as gr
 
-        def add_task(task: Callable, label: str, *more, columns: int = 4):
-            """A button that starts a task with `more` inputs, and the images that it gives."""
-            button = gr.Button(label, variant="primary", elem_id=f"{task.__name__}-{number}")
-            gallery = gr.Gallery(
-                format="png",
-                columns=columns,
-                height="auto",
-                object_fit="contain",
-                show_label=False,
-                interactive=False,
-                elem_id=f"{task.__name__}-images-{number}",
+        self.pipe, self.number = pipe, number
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                self.add_inputs()
+            with gr.Column(scale=3, min_width=300), gr.Tabs() as self.tabs:
+                self.add_tasks()
+
+    def name(self, text: str) -> str:
+        return f"{text}-{self.number}"
+
+    def add_inputs(self) -> None:
+        """What all tasks have in common."""
+        import gradio as gr
+
+        self.value = condition_input(self.pipe, "What to create", PROMPTS[0], self.name("value"))
+        if self.pipe.is_text_conditional:
+            gr.Examples(PROMPTS, self.value, label="For example")
+        self.count = slider("Images", None, 1, MAX_IMAGES, 4, 1, self.name("count"))
+        with gr.Row():
+            self.seed = gr.Number(
+                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, elem_id=self.name("seed")
             )
+            self.is_new = gr.Checkbox(True, label="New seed every time", elem_id=self.name("new"))
+        with gr.Accordion("Settings", open=False):
+            self.sliders = {
+                setting: slider(*LABELS[setting], lowest, max(highest, own), own, step, self.name(setting))
+                for setting, (lowest, highest, own, step) in settings_of(self.pipe).items()
+            }
 
-            def run(value, count, seed, is_new, *rest):
-                with messages():
-                    if is_new:
-                        seed = random.randrange(1_000_000)
-                    if seed is None or seed + count - 1 > LARGEST_SEED:
-                        raise ValueError(f"Seeds must lie in [0, {LARGEST_SEED}]")
-                    settings, more = dict(zip(sliders, rest)), rest[len(sliders) :]
-                    for images in task(pipe, value, list(range(seed, seed + count)), settings, *more):
-                        yield images, seed
+    def add_tasks(self) -> None:
+        import gradio as gr
 
-            triggers = [button.click]
-            if task is create and pipe.is_text_conditional:
-                triggers.append(value.submit)
-            gr.on(
-                triggers,
-                on_gpu(run),
-                [*common, *more],
-                [gallery, seed],
-                api_name=task.__name__,
-                concurrency_id="model",
-                show_progress_on=gallery,
-            )
-            return gallery
-
-        with gr.Column(scale=3, min_width=300), gr.Tabs() as tabs:
-            with gr.Tab("Create", id="create"):
-                created = add_task(create, "Create")
-                links = gr.Row()
-            if not isinstance(value, gr.State):
-                with gr.Tab("Compare", id="compare"):
-                    other = condition_input(pipe, "Beside it, from the same seeds", PROMPTS[1], f"other-{number}")
-                    add_task(compare, "Compare", other, columns=2)
+        config, is_mar = self.pipe.transformer.config, isinstance(self.pipe, MARPipeline)
+        uploads = {}
+        with gr.Tab("Create", id="create"):
+            created = self.add_task(create)
+            links = gr.Row()
+        if not isinstance(self.value, gr.State):
+            with gr.Tab("Compare", id="compare"):
+                label = "Beside it, from the same seeds"
+                other = condition_input(self.pipe, label, PROMPTS[1], self.name("other"))
+                self.add_task(compare, other, columns=2)
+        if is_mar:
+            kept = ("percent of its tokens", 5, 95, 50, 5)
+        else:
+            kept = ("codes of every position, coarse to fine", 1, config.code_shape[-1] - 1, 1, 1)
+        if is_mar or config.code_shape[-1] > 1:
             with gr.Tab("Vary", id="vary"):
-                to_vary = upload_image("An image", f"vary-upload-{number}")
-                if is_mar:
-                    kept = gr.Slider(5, 95, 50, step=5, precision=0, label="Kept", info="percent of its tokens")
-                else:
-                    last, info = pipe.vae.config.depth - 1, "codes of every position, coarse to fine"
-                    kept = gr.Slider(1, last, 1, step=1, precision=0, label="Kept", info=info)
-                add_task(vary, "Vary", to_vary, kept)
-            with gr.Tab("Complete", id="complete"):
-                if is_mar:
-                    to_complete = paint_on_image("Paint over what is to be new", f"repaint-upload-{number}")
-                    add_task(repaint, "Complete", to_complete)
-                else:
-                    to_complete = upload_image("An image", f"complete-upload-{number}")
-                    height = pipe.transformer.config.code_shape[0]
-                    info = f"rows of its codes, from the top; the image has {height}"
-                    rows = gr.Slider(1, height - 1, height // 2, step=1, precision=0, label="Kept", info=info)
-                    add_task(complete, "Complete", to_complete, rows)
-            with gr.Tab("Reconstruct", id="reconstruct"):
-                to_reconstruct = upload_image("An image", f"reconstruct-upload-{number}")
-                inputs = [to_reconstruct]
-                if not is_mar:
-                    info = "codes of every position, coarse to fine"
-                    last = pipe.vae.config.depth
-                    depth = gr.Slider(1, last, last, step=1, precision=0, label="Depth", info=info)
-                    inputs.append(depth)
-                add_reconstruction(pipe, inputs, f"reconstruct-{number}")
+                uploads["vary"] = upload_image(self.name("vary-upload"))
+                self.add_task(vary, uploads["vary"], slider("Kept", *kept, self.name("kept")))
+        with gr.Tab("Complete", id="complete"):
+            if is_mar:
+                uploads["complete"] = paint_on_image(self.name("complete-upload"))
+                self.add_task(repaint, uploads["complete"])
+            else:
+                uploads["complete"] = upload_image(self.name("complete-upload"))
+                height = config.code_shape[0]
+                info = f"rows of codes, from the top; the image has {height}"
+                rows = slider("Kept", info, 1, height - 1, height // 2, 1, self.name("rows"))
+                self.add_task(complete, uploads["complete"], rows)
+        with gr.Tab("Reconstruct", id="reconstruct"):
+            uploads["reconstruct"] = self.add_reconstruction()
+        with links:
+            for tab, upload in uploads.items():
+                button = gr.Button(f"{tab.capitalize()} it", size="sm", elem_id=self.name(f"to-{tab}"))
+                button.click(None, created, upload, js=take_image(created.elem_id, upload))
+                button.click(functools.partial(gr.Tabs, selected=tab), None, self.tabs, api_visibility="private")
 
-    goals = {"Vary": to_vary, "Complete": to_complete, "Reconstruct": to_reconstruct}
-    with links:
-        for label, goal in goals.items():
-            button = gr.Button(f"{label} it", size="sm", elem_id=f"to-{label.lower()}-{number}")
-            button.click(None, created, goal, js=take_image(created.elem_id, goal))
-            button.click(lambda tab=label.lower(): gr.Tabs(selected=tab), None, tabs, api_visibility="private")
+    def add_task(self, task: Callable, *more, columns: int = 4):
+        """A button that starts a task with `more` inputs; returns the gallery of its images."""
+        import gradio as gr
 
+        name = task.__name__
+        button = gr.Button(name.capitalize(), variant="primary", elem_id=self.name(name))
+        gallery = gr.Gallery(
+            format="png",
+            columns=columns,
+            height="auto",
+            object_fit="contain",
+            show_label=False,
+            buttons=["download"],
+            interactive=False,
+            elem_id=self.name(f"{name}-images"),
+        )
 
-def add_reconstruction(pipe: Pipeline, inputs: list, name: str) -> None:
-    """An image that follows the inputs: an upload, and a depth."""
-    import gradio as gr
+        def run(value, count, seed, new_seed, *rest):
+            with messages():
+                if new_seed:
+                    seed = random.randrange(1_000_000)
+                if seed is None or seed + count - 1 > LARGEST_SEED:
+                    raise ValueError(f"Seeds must lie in [0, {LARGEST_SEED}]")
+                settings, more = dict(zip(self.sliders, rest)), rest[len(self.sliders) :]
+                for images in task(self.pipe, value, list(range(seed, seed + count)), settings, *more):
+                    yield images, seed
 
-    result = gr.Image(label="Reconstruction", format="png", interactive=False, height=260, elem_id=name)
+        triggers = [button.click]
+        if task is create and self.pipe.is_text_conditional:
+            triggers.append(self.value.submit)
+        gr.on(
+            triggers,
+            on_gpu(run),
+            [self.value, self.count, self.seed, self.is_new, *self.sliders.values(), *more],
+            [gallery, self.seed],
+            api_name=name,
+            concurrency_id="model",
+            show_progress_on=gallery,
+        )
+        return gallery
 
-    def run(*values):
-        with messages():
-            return reconstruct(pipe, *values)
+    def add_reconstruction(self):
+        """An image that follows an upload, and the depth; returns the upload."""
+        import gradio as gr
 
-    triggers = [inputs[0].upload, inputs[0].change, *(slider.release for slider in inputs[1:])]
-    gr.on(
-        triggers,
-        on_gpu(run),
-        inputs,
-        result,
-        api_name="reconstruct",
-        concurrency_id="model",
-        trigger_mode="always_last",
-    )
+        with gr.Row():
+            image = upload_image(self.name("reconstruct-upload"))
+            result = gr.Image(
+                label="Its reconstruction",
+                format="png",
+                buttons=["download"],
+                interactive=False,
+                height=260,
+                elem_id=self.name("reconstruct"),
+            )
+        depth = gr.State()
+        if isinstance(self.pipe, RQPipeline):
+            last, info = self.pipe.vae.config.depth, "codes of every position, coarse to fine"
+            depth = slider("Depth", info, 1, last, last, 1, self.name("depth"))
+
+        def run(image, depth):
+            with messages():
+                return reconstruct(self.pipe, image, depth)
+
+        gr.on(
+            [image.change, depth.change],
+            on_gpu(run),
+            [image, depth],
+            result,
+            api_name="reconstruct",
+            concurrency_id="model",
+            trigger_mode="always_last",
+        )
+        return image
 
 
 def take_image(gallery: str, goal) -> str:
@@ -478,11 +518,11 @@ def build(models: list[str]):
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}")
         if len(models) == 1:
-            add_page(load(models[0]), 0)
+            Page(load(models[0]), 0)
         else:
             for number, model in enumerate(models):
                 with gr.Tab(NAMES.get(model) or Path(model).name):
-                    add_page(load(model), number)
+                    Page(load(model), number)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
