@@ -12,17 +12,15 @@ import math
 import os
 import random
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rq_hf import EMOJI_MODEL, MAR_EMOJI_MODEL, MARPipeline, RQPipeline
 from rq_hf.images import to_rgb
@@ -53,6 +51,14 @@ LABELS = {
     "num_inference_steps": ("Denoising steps", "of each token"),
 }
 NAMES = {"rq": "Residual quantization", "mar": "MAR"}
+PARTS = {  # of an image, by its rows and columns in [0, 1]
+    "Lower half": lambda y, x: y > 0.5,
+    "Upper half": lambda y, x: y < 0.5,
+    "Left half": lambda y, x: x < 0.5,
+    "Right half": lambda y, x: x > 0.5,
+    "Middle": lambda y, x: ((y - 0.5).abs() < 0.25) & ((x - 0.5).abs() < 0.25),
+    "All but the middle": lambda y, x: ((y - 0.5).abs() > 0.25) | ((x - 0.5).abs() > 0.25),
+}
 TITLE = "Images, token by token"
 INTRODUCTION = "Say what to create, and press **Create**. The images appear while they are sampled."
 CSS = """
@@ -197,27 +203,19 @@ def vary(
 
 
 def complete(
-    pipe: RQPipeline, value, seeds: list[int], settings: dict, image: Image.Image, rows: int
+    pipe: Pipeline, value, seeds: list[int], settings: dict, image: Image.Image, part: int | str
 ) -> Iterator[Captioned]:
-    """Keeps the codes of the upper rows."""
-    codes = encode(pipe, image).expand(len(seeds), -1, -1, -1)
-    start = rows * codes.shape[2]
-    yield from sample(pipe, [value] * len(seeds), seeds, **settings, prefix_codes=codes, start=start)
-
-
-def repaint(
-    pipe: MARPipeline, value, seeds: list[int], settings: dict, drawing: dict[str, Image.Image | list[Image.Image]]
-) -> Iterator[Captioned]:
-    """Samples anew what is painted over: every token that the paint touches."""
-    latents = encode(pipe, drawing and drawing["background"])
-    grid_size = pipe.transformer.config.grid_size
-    mask = torch.zeros(grid_size, dtype=torch.bool)
-    for layer in drawing["layers"]:
-        paint = ImageOps.fit(layer.getchannel("A"), grid_size[::-1], Image.Resampling.BOX)
-        mask |= torch.from_numpy(np.asarray(paint) > 0)
-    if not mask.any():
-        raise ValueError("Paint over the part of the image that is to be sampled anew first")
-    given = {"known_latents": latents, "mask": mask.flatten()[None]} | at_most(settings, int(mask.sum()))
+    """Samples anew all but so many rows of codes, from the top; by MAR, one of `PARTS`."""
+    encoded = encode(pipe, image)
+    if isinstance(pipe, MARPipeline):
+        rows, columns = (torch.arange(count) / count + 0.5 / count for count in pipe.transformer.config.grid_size)
+        mask = PARTS[part](rows[:, None], columns[None, :]).expand(pipe.transformer.config.grid_size)
+        if not mask.any():
+            raise ValueError(f"{part}: the map of this model is too small for this part")
+        given = {"known_latents": encoded, "mask": mask.reshape(1, -1)} | at_most(settings, int(mask.sum()))
+    else:
+        start = part * encoded.shape[2]
+        given = {"prefix_codes": encoded.expand(len(seeds), -1, -1, -1), "start": start}
     yield from sample(pipe, [value] * len(seeds), seeds, **settings | given)
 
 
@@ -255,73 +253,33 @@ def messages():
         raise gr.Error(one_line(error), print_exception=False) from error
 
 
-def guard(component, read: Callable) -> None:
-    """Has an input component read what it is given by `read`, and files of visitors only: Gradio would also download
-    what a client names by URL."""
+def upload_image(name: str):
+    """An input for an image, of which functions get the pixels, or `None`."""
+    import gradio as gr
     from gradio_client.utils import is_http_url_like
 
+    component = gr.Image(
+        label="An image",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        buttons=[],
+        height=260,
+        elem_id=name,
+    )
     keep = component.async_move_resource_to_block_cache
 
-    async def keep_file(path):
-        with messages():
-            if is_http_url_like(str(path)):
-                raise ValueError("Upload the image itself")
+    async def keep_file(path):  # Gradio would also download what a program names by its URL.
+        if is_http_url_like(str(path)):
+            raise gr.Error("Upload the image itself", print_exception=False)
         return await keep(path)
 
-    def preprocess(payload):
+    def preprocess(payload):  # Gradio would not say what is wrong with a file.
         with messages():
-            return None if payload is None else read(payload)
+            return None if payload is None else read_image(payload.path)
 
     component.async_move_resource_to_block_cache = keep_file
     component.preprocess = preprocess
-
-
-class Latest(OrderedDict):
-    """The values that were set last: drawings that visitors have begun."""
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        while len(self) > MAX_WAITING:
-            self.popitem(last=False)
-
-
-def upload_image(name: str):
-    import gradio as gr
-
-    image = gr.Image(
-        label="An image", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, elem_id=name
-    )
-    guard(image, lambda payload: read_image(payload.path))
-    return image
-
-
-def paint_on_image(name: str):
-    import gradio as gr
-
-    brush = gr.Brush(default_size=60, colors=["rgb(255, 0, 128)"], color_mode="fixed")
-    editor = gr.ImageEditor(
-        label="Paint over what is to be new",
-        type="pil",
-        format="png",
-        sources=["upload", "clipboard"],
-        transforms=None,
-        layers=False,
-        brush=brush,
-        canvas_size=(400, 400),
-        elem_id=name,
-    )
-    editor.blob_storage = Latest()
-    read = editor.preprocess
-
-    def read_drawing(payload):
-        try:
-            drawing = read(payload)
-        except Exception as error:  # a broken file can raise anything
-            raise ValueError("This drawing cannot be read") from error
-        return drawing if drawing["background"] is not None else None
-
-    guard(editor, read_drawing)
-    return editor
+    return component
 
 
 def condition_input(pipe: Pipeline, label: str, value: str, name: str):
@@ -403,21 +361,20 @@ class Page:
                 uploads["vary"] = upload_image(self.name("vary-upload"))
                 self.add_task(vary, uploads["vary"], slider("Kept", *kept, self.name("kept")))
         with gr.Tab("Complete", id="complete"):
+            uploads["complete"] = upload_image(self.name("complete-upload"))
             if is_mar:
-                uploads["complete"] = paint_on_image(self.name("complete-upload"))
-                self.add_task(repaint, uploads["complete"])
+                part = gr.Radio(list(PARTS), value="Lower half", label="Sampled anew", elem_id=self.name("part"))
             else:
-                uploads["complete"] = upload_image(self.name("complete-upload"))
                 height = config.code_shape[0]
                 info = f"rows of codes, from the top; the image has {height}"
-                rows = slider("Kept", info, 1, height - 1, height // 2, 1, self.name("rows"))
-                self.add_task(complete, uploads["complete"], rows)
+                part = slider("Kept", info, 1, height - 1, height // 2, 1, self.name("part"))
+            self.add_task(complete, uploads["complete"], part)
         with gr.Tab("Reconstruct", id="reconstruct"):
             uploads["reconstruct"] = self.add_reconstruction()
         with links:
             for tab, upload in uploads.items():
                 button = gr.Button(f"{tab.capitalize()} it", size="sm", elem_id=self.name(f"to-{tab}"))
-                button.click(None, created, upload, js=take_image(created.elem_id, upload))
+                button.click(None, created, upload, js=take_image(created.elem_id))
                 button.click(functools.partial(gr.Tabs, selected=tab), None, self.tabs, api_visibility="private")
 
     def add_task(self, task: Callable, *more, columns: int = 4):
@@ -496,13 +453,10 @@ class Page:
         return image
 
 
-def take_image(gallery: str, goal) -> str:
+def take_image(gallery: str) -> str:
     """JavaScript that takes the chosen image of a gallery, or the first."""
-    image = "images[Math.max(0, chosen)].image"
-    if "editor" in goal.get_block_name():
-        image = f"{{background: {image}, layers: [], composite: null}}"
     chosen = f"[...document.querySelectorAll('#{gallery} .thumbnail-item')].findIndex(e => e.matches('.selected'))"
-    return f"images => {{ const chosen = {chosen}; return images?.length ? {image} : null; }}"
+    return f"images => images?.length ? images[Math.max(0, {chosen})].image : null"
 
 
 def on_gpu(function: Callable) -> Callable:

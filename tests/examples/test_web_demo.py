@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from PIL import Image, ImageChops
 from tiny import tiny_pipeline
@@ -32,8 +33,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"needs chromium: {HOW}
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
-TIMEOUT = 120  # seconds, on a machine that may be busy
-RQ, MAR, CLASSES, UNCONDITIONAL = range(4)  # the models of the page
+TIMEOUT = 60  # seconds, on a machine that may be busy
+TABS = ["Residual quantization", "MAR", "class", "none"]
+RQ, MAR, CLASSES, UNCONDITIONAL = range(len(TABS))  # the models of the page
 MEGABYTE = 2**20
 JSON = {"Content-Type": "application/json"}
 
@@ -52,13 +54,16 @@ class Server:
         env = {name: value for name, value in os.environ.items() if not name.startswith("GRADIO_")}
         env |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(self.files), "OMP_NUM_THREADS": "1"}
         env |= {"RQ_HF_MODELS": "rq mar ../class ../none", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "web_demo.py"], cwd=folder / "space", env=env, stdout=log, stderr=log
-            )
+        self.command = {"args": [sys.executable, "web_demo.py"], "cwd": folder / "space", "env": env}
 
-    def wait(self):
-        until(lambda: "Running on" in self.log.read_text() or self.process.poll() is not None)
+    def start(self):
+        """Gradio gives up when its own server does not answer within three seconds, as happens on a busy machine."""
+        for _ in range(5):
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(**self.command, stdout=log, stderr=log)
+            until(lambda: "To create a public link" in self.log.read_text() or self.process.poll() is not None)
+            if "localhost is not accessible" not in self.log.read_text():
+                break
         assert self.process.poll() is None, self.log.read_text()
 
     def memory(self) -> float:
@@ -81,7 +86,7 @@ def until(happens):
 def server(tmp_path_factory):
     server = Server(tmp_path_factory.mktemp("demo"))
     try:
-        server.wait()
+        server.start()
         yield server
     finally:
         server.process.kill()
@@ -107,8 +112,8 @@ class Visitor:
         self.page.goto(url)
         self.page.wait_for_selector(f"#create-{RQ}")
 
-    def open(self, *tabs):
-        for tab in tabs:
+    def open(self, task, model=RQ):
+        for tab in (TABS[model], task):
             self.page.get_by_role("tab", name=tab, exact=True).click()
 
     def fill(self, name, value):
@@ -176,6 +181,13 @@ def rq():
     return pipe
 
 
+@pytest.fixture(scope="module")
+def mar():
+    pipe = rq_hf.MARPipeline.from_pretrained(rq_hf.MAR_EMOJI_MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def upload_file(file, size=(90, 70)):
     rows = np.linspace(0, 255, size[1], dtype=np.uint8)[:, None, None]
     columns = np.linspace(0, 255, size[0], dtype=np.uint8)[None, :, None]
@@ -185,6 +197,7 @@ def upload_file(file, size=(90, 70)):
 
 
 def test_a_prompt_gives_the_image_of_its_seed_while_it_is_sampled(visitor, rq):
+    visitor.open("Create")
     visitor.ask("create", value="fire engine", seed=7)
     (expected,) = rq("fire engine", generator=[7]).images
     visitor.sees(f"create-images-{RQ}", [expected])
@@ -197,6 +210,7 @@ def test_a_prompt_gives_the_image_of_its_seed_while_it_is_sampled(visitor, rq):
 
 
 def test_a_new_seed_is_shown_and_gives_the_same_images_again(visitor, rq):
+    visitor.open("Create")
     visitor.fill(f"value-{RQ}", "octopus")
     visitor.fill(f"count-{RQ}", 2)
     visitor.fill(f"seed-{RQ}", 7)
@@ -240,46 +254,30 @@ def test_variations_and_completions_of_an_image(visitor, rq, tmp_path):
     visitor.sees(f"complete-images-{RQ}", rq("sunflower", prefix_codes=codes, start=32, generator=[5]).images)
 
 
-def test_mar_fills_what_is_painted_over_in_an_image_of_its_own(visitor):
-    visitor.open("MAR")
+def test_mar_completes_a_part_of_an_image_of_its_own(visitor, mar):
+    settings = {"guidance_scale": 3.0, "num_iterations": 16, "num_inference_steps": 25}
+    visitor.open("Create", MAR)
     visitor.ask("create", MAR, "red heart", seed=1)
-    (image,) = until(lambda: finished(visitor, f"create-images-{MAR}"))
+    (image,) = mar("red heart", generator=[1], **settings).images
+    visitor.sees(f"create-images-{MAR}", [image])
     visitor.page.click(f"#to-complete-{MAR}")
-    editor = visitor.page.locator(f"#complete-upload-{MAR} canvas").first
-    editor.wait_for()
-    visitor.page.wait_for_timeout(1000)
-    visitor.page.locator(f"#complete-upload-{MAR} button[aria-label='Brush']").click()
-    box = editor.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    visitor.page.mouse.move(x, y)
-    visitor.page.mouse.down()
-    visitor.page.mouse.move(x + 5, y + 5)
-    visitor.page.mouse.up()
-    visitor.ask("repaint", MAR, "blue heart", seed=2)
-    (completed,) = until(lambda: finished(visitor, f"repaint-images-{MAR}"))
-    change = np.abs(np.asarray(completed, int) - np.asarray(image, int)).mean(axis=2)
-    assert change[24:40, 24:40].mean() > 50
-    assert change[:8].mean() < 5
-    visitor.open("Residual quantization", "Create")
-
-
-def finished(visitor, place):
-    """The images of a task that has ended."""
-    images = visitor.images(place)
-    is_running = visitor.page.locator(f"#{place} .generating, #{place} .progress-text").count()
-    return images if images and not is_running else None
+    visitor.page.locator(f"#part-{MAR}").get_by_label("Right half").check()
+    visitor.ask("complete", MAR, "blue heart", seed=2)
+    mask = torch.zeros(64, 64)
+    mask[:, 32:] = 1
+    edited = mar("blue heart", image=image, mask_image=mask, generator=[2], **settings).images
+    visitor.sees(f"complete-images-{MAR}", edited)
 
 
 def test_classes_and_models_without_a_condition(visitor, server):
     for model, folder, call in ((CLASSES, "class", {"class_labels": 2}), (UNCONDITIONAL, "none", {})):
         pipe = rq_hf.RQPipeline.from_pretrained(server.log.with_name(folder))
-        visitor.open(folder)
+        visitor.open("Create", model)
         if call:
             visitor.page.locator(f"#value-{model} input").click()
             visitor.page.get_by_role("option", name="2", exact=True).click()
         visitor.ask("create", model, seed=4)
         visitor.sees(f"create-images-{model}", pipe(**call, generator=[4]).images)
-    visitor.open("Residual quantization")
 
 
 @pytest.mark.parametrize(
@@ -293,6 +291,7 @@ def test_a_wrong_prompt_gives_a_message(visitor, prompt, message):
 
 
 def test_markup_in_a_prompt_stays_text(visitor):
+    visitor.open("Create")
     visitor.ask("create", value="<img src=x onerror=document.title='run'> " + "apple " * 30)
     assert "at most 24 tokens" in visitor.message()
     assert visitor.page.title() == "Images, token by token"
@@ -317,11 +316,11 @@ def test_files_that_cannot_be_read_give_a_message_and_take_no_memory(visitor, se
     (tmp_path / "words.txt").write_text("no image")
     visitor.upload(f"vary-upload-{RQ}", tmp_path / "words.txt")
     assert visitor.message()
-    visitor.open("Create")
 
 
 def test_visitors_at_the_same_time_get_their_own_images(browser, server, visitor, rq):
     other = Visitor(browser, server.url)
+    visitor.open("Create")
     for one, prompt, seed in ((visitor, "pizza", 1), (other, "rocket", 2)):
         one.ask("create", value=prompt, seed=seed)
     for one, prompt, seed in ((visitor, "pizza", 1), (other, "rocket", 2)):
