@@ -124,7 +124,7 @@ def conditions_of(pipe: Pipeline, values: list) -> dict:
     """The arguments of the pipeline that say what to sample: a prompt or class for every image, or how many images."""
     if pipe.is_text_conditional:
         for text in values:
-            if not text.strip():
+            if not (text and text.strip()):
                 raise ValueError("Say in words what to create, for example: red apple")
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"A prompt may have {MAX_PROMPT} characters, this one has {len(text)}")
@@ -262,7 +262,6 @@ def upload_image(name: str):
         label="An image",
         type="filepath",
         sources=["upload", "clipboard"],
-        buttons=[],
         height=260,
         elem_id=name,
     )
@@ -335,7 +334,7 @@ class Page:
             self.is_new = gr.Checkbox(True, label="New seed every time", elem_id=self.name("new"))
         with gr.Accordion("Settings", open=False):
             self.sliders = {
-                setting: slider(*LABELS[setting], lowest, max(highest, own), own, step, self.name(setting))
+                setting: slider(*LABELS[setting], min(lowest, own), max(highest, own), own, step, self.name(setting))
                 for setting, (lowest, highest, own, step) in settings_of(self.pipe).items()
             }
 

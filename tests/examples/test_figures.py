@@ -16,6 +16,7 @@ SOURCES = {  # of a manifest: scripts and model
     "make_figures": ([DOCS / "make_figures.py", ROOT / "examples" / "demo.py"], Path(rq_hf.EMOJI_MODEL)),
     "make_mar_figures": ([DOCS / "make_mar_figures.py"], Path(rq_hf.MAR_EMOJI_MODEL)),
 }
+BY_BROWSER = {"web_demo.png"}  # made by docs/make_screenshot.py
 BY_TRAINING = {"labels.png", "lora.png", "rate_distortion.png"}  # made by benchmarks, and examples/train_lora.py
 
 
@@ -59,4 +60,4 @@ def test_figures_are_not_stale(name):
 def test_every_figure_is_made_by_a_script():
     figures = {path.name for folder in (IMAGES, CARDS) for path in folder.glob("*.png")}
     made = {figure for name in SOURCES for figure in read_manifest(name)["figures"]}
-    assert figures == made | BY_TRAINING
+    assert figures == made | BY_BROWSER | BY_TRAINING

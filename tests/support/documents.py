@@ -40,7 +40,7 @@ BLOCK = re.compile(
 )
 VARIABLES = "COUNT=100"  # that shell blocks leave to the reader
 OUR_PROGRAMS = ("python", "accelerate", "make", "rq-hf")
-OTHER_PROGRAMS = ("curl", "git", "pip")  # of which only marked blocks have commands
+OTHER_PROGRAMS = ("curl", "git", "hf", "pip")  # of which only marked blocks have commands
 
 
 @dataclass
