@@ -39,10 +39,13 @@ def photograph(port: int, output: Path) -> None:
         page.goto(f"http://127.0.0.1:{port}")
         page.locator("#value-0 :is(textarea, input)").fill(PROMPT)
         page.click("#create-0")
-        page.locator("#create-images-0 img").nth(COUNT - 1).wait_for()
-        page.locator("#create-images-0 .generating").wait_for(state="detached")
         page.mouse.move(0, 0)
-        page.wait_for_timeout(1000)  # for the last fade
+        images = page.locator("#create-images-0 img")
+        images.nth(COUNT - 1).wait_for()
+        shown = before = None
+        while shown is None or shown != before:  # previews are replaced until the images are finished
+            page.wait_for_timeout(10_000)
+            shown, before = images.evaluate_all("images => images.map(image => image.src)"), shown
         page.screenshot(path=output)
         browser.close()
 

@@ -67,6 +67,7 @@ CSS = """
 .gallery-item .caption-label { position: static; max-width: none; border-width: 1px 0 0; text-align: center; }
 .gallery-item .thumbnail-lg { display: flex; flex-direction: column; aspect-ratio: auto; height: auto; }
 .gallery-item .thumbnail-lg img { aspect-ratio: 1; height: auto; }
+.gallery-container:has(.preview) { min-height: 360px; }
 .image-frame, .image-frame img { width: 100%; height: 100%; object-fit: contain; }
 """
 
