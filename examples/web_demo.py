@@ -33,7 +33,7 @@ except ImportError:
     spaces = None
 
 MODELS = {"rq": EMOJI_MODEL, "mar": MAR_EMOJI_MODEL}
-PROMPTS = ["red apple", "fire engine", "sunflower", "octopus", "woman astronaut medium skin tone"]
+PROMPTS = ["red apple", "fire engine", "sunflower", "octopus", "rocket"]
 MAX_IMAGES = 8
 MAX_PROMPT = 300  # characters
 MAX_PIXELS = 24_000_000
