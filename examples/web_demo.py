@@ -33,7 +33,7 @@ except ImportError:
     spaces = None
 
 MODELS = {"rq": EMOJI_MODEL, "mar": MAR_EMOJI_MODEL}
-PROMPTS = ["red apple", "fire engine", "sunflower", "octopus", "woman astronaut medium skin tone"]
+PROMPTS = ["red apple", "fire engine", "sunflower", "octopus", "rocket"]
 MAX_IMAGES = 8
 MAX_PROMPT = 300  # characters
 MAX_PIXELS = 24_000_000
@@ -61,6 +61,7 @@ PARTS = {  # of an image, by its rows and columns in [0, 1]
 }
 TITLE = "Images, token by token"
 INTRODUCTION = "Say what to create, and press **Create**. The images appear while they are sampled."
+EMBEDDED = "This small model has learned emoji from their names."
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto !important; }
 .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
@@ -471,12 +472,11 @@ def build(models: list[str]):
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has more than twice as many
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}")
-        if len(models) == 1:
-            Page(load(models[0]), 0)
-        else:
-            for number, model in enumerate(models):
-                with gr.Tab(NAMES.get(model) or Path(model).name):
-                    Page(load(model), number)
+        for number, model in enumerate(models):
+            with gr.Tab(NAMES.get(model) or Path(model).name):
+                if model in MODELS:
+                    gr.Markdown(EMBEDDED)
+                Page(load(model), number)
     page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
@@ -490,11 +490,16 @@ def main() -> None:
         help="rq, mar, or pipelines of ours, folders or Hub ids; default: the variable RQ_HF_MODELS, or rq mar",
     )
     args = parser.parse_args()
-
-    import gradio as gr
-
+    try:
+        import gradio as gr
+    except ImportError:
+        parser.error("gradio is not installed: pip install 'rq_hf[demo]'")
+    try:
+        page = build(args.model)
+    except (ValueError, OSError) as error:
+        parser.error(one_line(error))
     font, font_mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # others would be downloaded
-    build(args.model).launch(
+    page.launch(
         theme=gr.themes.Default(font=font, font_mono=font_mono),
         css=CSS,
         max_file_size=MAX_FILE_SIZE,
