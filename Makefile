@@ -6,18 +6,28 @@ PYTEST_ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 READY := .venv/.ready
+SPACE ?= build/space
 SOURCES := $(wildcard src examples docs tests benchmarks)
 
 export PROMPT
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help demo browser docs test test-floors test-newest quality style
+.PHONY: help demo web space browser docs test test-floors test-newest quality style
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## sample images: make demo PROMPT="fire engine" MODEL=mar
 	@$(PY) examples/demo.py --model $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT")
+
+web: $(READY) ## start the web demo on this machine
+	@$(PY) examples/web_demo.py
+
+space: ## put what belongs to the Space of the web demo into build/space
+	@rm -rf "$(SPACE)"
+	@mkdir -p "$(SPACE)"
+	@cp -r examples/space/. examples/web_demo.py src/rq_hf "$(SPACE)"
+	@find "$(SPACE)" -name __pycache__ -exec rm -r {} +
 
 browser: $(READY) ## emoji in your browser alone, on http://localhost:8000 (needs npm)
 	@test -d examples/browser/model || $(PY) -m rq_hf.export_onnx --dtype float16 --output_dir examples/browser/model

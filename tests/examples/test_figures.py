@@ -27,6 +27,7 @@ SOURCES = {  # of a manifest: scripts and models
 BY_TRAINING = {  # made by benchmarks, examples/train_lora.py and docs/plot_curves.py
     IMAGES / name for name in ("curves.png", "first_training.png", "labels.png", "lora.png", "rate_distortion.png")
 }
+BY_BROWSER = {IMAGES / "web_demo.png"}  # made by docs/make_screenshot.py
 
 
 def column(figure, number):
@@ -86,7 +87,7 @@ def test_figures_are_not_stale(name):
 def test_every_figure_is_made_by_a_script():
     figures = {path for folder in (IMAGES, CARDS) for path in folder.rglob("*.png")}
     made = {figure for name in SOURCES for figure in figures_of(name)}
-    assert figures == made | BY_TRAINING
+    assert figures == made | BY_BROWSER | BY_TRAINING
 
 
 def test_curves_of_a_training(tmp_path, monkeypatch):

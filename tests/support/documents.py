@@ -40,7 +40,7 @@ BLOCK = re.compile(
 )
 VARIABLES = "COUNT=100"  # that shell blocks leave to the reader
 OUR_PROGRAMS = ("python", "accelerate", "make", "rq-hf")
-OTHER_PROGRAMS = ("apt", "curl", "git", "npm", "pip")  # of which only marked blocks have commands
+OTHER_PROGRAMS = ("apt", "curl", "git", "hf", "npm", "pip")  # of which only marked blocks have commands
 
 
 @dataclass
