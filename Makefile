@@ -60,5 +60,8 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@echo "Setting up .venv: once, a few minutes"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt -e '.[test]'
+	@grep -v ^pillow== constraints.txt > .venv/constraints.txt
+	@$(PIP) install -c .venv/constraints.txt -e '.[test,demo]'
+	@# Gradio asks for Pillow < 13, and works with Pillow 13, which resizes as the authors' images were.
+	@$(PIP) install -c constraints.txt --no-deps --no-warn-conflicts pillow
 	@touch $@
