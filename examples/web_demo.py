@@ -39,6 +39,7 @@ MAX_PROMPT = 300  # characters
 MAX_PIXELS = 24_000_000
 MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 20  # visitors
+MAX_SESSIONS = 50  # that Gradio remembers, in 0.3 MB each
 LARGEST_SEED = 2**32 - 1
 PREVIEWS = 8  # of an image while it is sampled
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -503,6 +504,7 @@ def main() -> None:
         theme=gr.themes.Default(font=font, font_mono=font_mono),
         css=CSS,
         max_file_size=MAX_FILE_SIZE,
+        state_session_capacity=MAX_SESSIONS,
         footer_links=[],
         ssr_mode=False,
     )
