@@ -74,7 +74,7 @@ def table(results: dict[str, list[dict]]) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, runs in results.items():
         depth = runs[0]["depth"]
-        for d in range(1, depth + 1) if "dropout" in name else [depth]:
+        for d in range(1, depth + 1) if "quantizer_dropout" in runs[0] else [depth]:
             figures = (
                 "{:.2f} ± {:.2f}".format(*mean_and_deviation(runs, measure, d))
                 for measure in ("psnr", "frechet_distance")

@@ -15,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 
-import rq_hf
 from rq_hf.models.rq_transformer.code_sampling import filter_logits
 
 PAGE = Path(__file__).parents[2] / "examples" / "browser"
@@ -25,7 +24,7 @@ TIMEOUT = 120_000  # milliseconds, on a machine that may be busy
 
 for library in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(library, reason=f"needs {library}: pip install 'rq_hf[onnx]'")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'rq_hf[test]'")
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'rq_hf[test]'")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt install chromium"),
@@ -86,14 +85,6 @@ def assemble(folder, **others):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as programs:
-        browser = programs.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def site(emoji_onnx, tmp_path_factory):
     folder = assemble(tmp_path_factory.mktemp("site"), model=emoji_onnx, node_modules=RUNTIME.parent)
     with Server(folder) as server:
@@ -110,13 +101,6 @@ def page(browser, site):
     page.wait_for_selector("form button[type=submit]:enabled")
     yield page
     page.close()
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = rq_hf.RQPipeline.from_pretrained(rq_hf.EMOJI_MODEL)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +129,7 @@ def codes_on_page(page):
     return sample
 
 
-def test_tokens_are_those_of_the_tokenizers_library(page, pipe):
+def test_tokens_are_those_of_the_tokenizers_library(page, rq):
     found = page.evaluate(
         """async (captions) => {
             const { Tokenizer } = await import("./tokenizer.js");
@@ -155,7 +139,7 @@ def test_tokens_are_those_of_the_tokenizers_library(page, pipe):
         CAPTIONS,
     )
     assert len(CAPTIONS) > 100
-    expected = pipe.tokenizer(CAPTIONS)["input_ids"]
+    expected = rq.tokenizer(CAPTIONS)["input_ids"]
     differing = [(text, own, theirs) for text, own, theirs in zip(CAPTIONS, found, expected) if own != theirs]
     assert not differing
 
@@ -219,8 +203,8 @@ def test_codes_are_sampled_from_the_distribution_of_python(page, temperature, to
 
 
 @pytest.mark.parametrize("prompt, scale", [("fire engine", 1), ("woman judge dark skin tone", 3)])
-def test_greedy_codes_are_those_of_python(codes_on_page, pipe, prompt, scale):
-    expected = pipe(prompt, do_sample=False, guidance_scale=float(scale), output_type="latent").codes
+def test_greedy_codes_are_those_of_python(codes_on_page, rq, prompt, scale):
+    expected = rq(prompt, do_sample=False, guidance_scale=float(scale), output_type="latent").codes
     assert torch.equal(codes_on_page(prompt, GREEDY | {"guidanceScale": [scale] * 4}), expected)
 
 
@@ -242,14 +226,14 @@ def create(page, prompt, **fields):
     page.wait_for_selector("form button[type=submit]:enabled")
 
 
-def test_a_visitor_gets_the_images_of_the_codes(page, pipe, codes_on_page):
+def test_a_visitor_gets_the_images_of_the_codes(page, rq, codes_on_page):
     create(page, "fire engine", count=2, seed=7, temperature=1)
     assert page.inner_text("#status").startswith("Done")
     pixels = pixels_on_page(page)
     assert len(pixels) == 2 and pixels[0].std() > 20 and not np.array_equal(*pixels)
     settings = GREEDY | {"topK": [512] * 4}
     codes = torch.cat([codes_on_page("fire engine", settings, seed) for seed in (7, 8)])
-    expected = pipe.decode_codes(codes, output_type="np") * 255
+    expected = rq.decode_codes(codes, output_type="np") * 255
     assert np.abs(pixels - expected).max() <= 2
     assert page.locator(".seed").all_inner_texts() == ["seed 7", "seed 8"]
 

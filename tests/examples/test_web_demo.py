@@ -26,7 +26,7 @@ import rq_hf
 
 HOW = "pip install 'rq_hf[demo]' playwright, and the program chromium (Debian: apt install chromium)"
 pytest.importorskip("gradio", reason=f"needs gradio: {HOW}")
-sync_api = pytest.importorskip("playwright.sync_api", reason=f"needs playwright: {HOW}")
+pytest.importorskip("playwright.sync_api", reason=f"needs playwright: {HOW}")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"needs chromium: {HOW}")
 
@@ -88,14 +88,6 @@ def server(tmp_path_factory):
     finally:
         server.process.kill()
         server.process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visitor:
@@ -169,13 +161,6 @@ def visitor(browser, server):
     visitor.page.context.close()
     local = (server.url, "data:", "blob:")
     assert [url for url in visitor.requests if not url.startswith(local)] == []
-
-
-@pytest.fixture(scope="module")
-def rq():
-    pipe = rq_hf.RQPipeline.from_pretrained(rq_hf.EMOJI_MODEL)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from scripts import CLASSES, RQVAE, TEXT, final_weights, finish, logged
 from shapes import write_shapes
 
@@ -55,8 +56,9 @@ def test_checkpoint_resumes_to_the_final_weights(name, data, tmp_path):
     assert outcome.output.count("which version 0.1 wrote without the options of its run") == 1
     assert [line["step"] for line in logged(output_dir)] == [5, 6]
     expected, weights = final_weights(script, SAVED / name), final_weights(script, output_dir)
-    for quantizer in [tensor for tensor in expected if tensor.startswith("quantizer.")]:
-        del expected[quantizer], weights[quantizer]  # that version averaged codebooks, too
+    if script == RQVAE:  # that version averaged codebooks, too; now they are those of the model that was trained
+        trained = load_file(output_dir / "checkpoint-6" / "model.safetensors")
+        expected |= {tensor: value for tensor, value in trained.items() if tensor.startswith("quantizer.")}
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
 
 
