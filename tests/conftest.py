@@ -1,9 +1,13 @@
 import os
+from tempfile import TemporaryDirectory
 
 # A run that brings its own Hub names it in HF_ENDPOINT.
 if "HF_ENDPOINT" not in os.environ:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# diffusers, transformers and evaluate keep code of folders here; what other runs left in the user's cache is not ours.
+modules = TemporaryDirectory()
+os.environ["HF_MODULES_CACHE"] = modules.name
 
 import pytest
 import torch

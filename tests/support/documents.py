@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import diffusers.utils.dynamic_modules_utils
 import numpy as np
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -142,7 +141,6 @@ def run_blocks(page: Path, folder: Path) -> None:
     os.chdir(folder)
     os.environ |= {"HF_HOME": str(folder / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE = str(folder / "modules")
     torch.manual_seed(0)
     names = {"__name__": "__main__"} | assume(page, folder)
     for block in read_blocks(page):
