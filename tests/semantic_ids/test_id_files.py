@@ -180,6 +180,7 @@ def test_a_file_of_another_kind_in_the_place_of_the_table(folder):
     [
         ({"format_version": 2}, "has the format 2; this release of rq_hf reads 1"),
         ({"format_version": None}, r"semantic_ids.json must say format_version \(int\), got None"),
+        ({"format_version": True}, r"semantic_ids.json must say format_version \(int\), got True"),
         ({"sizes": "5"}, r"semantic_ids.json must say sizes \(list\), got '?5"),
         ({"model_sha256": 1}, r"must say model_sha256 \(str\), got 1"),
         ({"sizes": [5, 12, 8]}, "has 64 items and levels of .5, 12, 7., but semantic_ids.json says 64 and .5, 12, 8."),

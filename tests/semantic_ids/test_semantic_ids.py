@@ -57,6 +57,7 @@ def test_names_may_be_arrays(model, items):
     ids = SemanticIds(model, items, CODES)
     assert ids.items == [item.item() if hasattr(item, "item") else item for item in items]
     assert {type(item) for item in ids.items} <= {int, str}
+    assert ids.codes_of(items[3]) == (4, 11, 6)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ class SemanticIds(HubMixin):
 
     def codes_of(self, item: str | int) -> tuple[int, ...]:
         """The ID of an item. Raises `ValueError` for anything else."""
+        item = as_plain(item)
         if not isinstance(item, str | int) or item not in self._rows:
             raise ValueError(f"there is no item {item!r:.80}")
         return tuple(self.codes[self._rows[item]].tolist())
@@ -201,7 +202,8 @@ class SemanticIds(HubMixin):
         """
         Makes `generate` of transformers give IDs of items and nothing else: `model.generate(...,
         prefix_allowed_tokens_fn=ids.prefix_allowed_tokens_fn(tokenizer, start), max_new_tokens=len(ids.sizes) + 1)`,
-        where the last token is the end of the sequence. With more beams than items, items come more than once.
+        where the last token is the end of the sequence. With more beams than items, beam search gives items more than
+        once, and beam sampling (`do_sample=True`) can fail as its beams run out of IDs.
 
         Args:
             tokenizer: has the [`tokens`], by `tokenizer.add_tokens(ids.tokens())`.

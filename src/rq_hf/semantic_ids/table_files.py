@@ -66,7 +66,7 @@ def read_description(folder: Path) -> dict:
     if is_integer(found) and found != FORMAT_VERSION:
         raise ValueError(f"{path} has the format {shown(found)}; this release of rq_hf reads {FORMAT_VERSION}")
     for name, kind in DESCRIPTION.items():
-        if not isinstance(description.get(name), kind):
+        if type(description.get(name)) is not kind:  # true is no integer
             raise ValueError(f"{path} must say {name} ({kind.__name__}), got {shown(description.get(name))}")
     return description
 
