@@ -9,9 +9,9 @@ prefix means.
     python benchmarks/semantic_ids.py million
 
 `wordnet`: the 82,115 noun synsets of WordNet 3.0 (Debian's package wordnet-base). Vectors are TF-IDF of their
-glosses, reduced to 128 dimensions by truncated SVD and scaled to unit norm, all with the defaults of scikit-learn. `cifar10`: images with classes; vectors
-are the 224 pooled features of the classifier of the package. Both are kept in the output folder, and so are the
-results of every method and seed, which are not computed again.
+glosses, reduced to 128 dimensions by truncated SVD and scaled to unit norm, with the defaults of scikit-learn.
+`cifar10`: images with classes; vectors are the 224 pooled features of the classifier of the package. Both are kept in
+the output folder, and so are the results of every method and seed, which are not computed again.
 
 Every vector becomes three codes of 256, 24 bits, by each of METHODS, which see all vectors once and encode the same.
 The k-means of faiss uses all vectors (by default at most 256 per codeword). Its residual quantizer trains once as it

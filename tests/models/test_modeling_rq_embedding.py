@@ -38,13 +38,20 @@ def test_codes_depend_on_neither_scale_nor_shift(hidden_dims, scale, shift):
     assert [len(column.unique()) for column in codes[0].T] == [8] * 4
 
 
+def test_vectors_of_many_dimensions_spread_over_the_codes():
+    vectors = torch.randn(300, 256)
+    model = k_means_model(input_dim=256, codebook_size=16).fit(vectors)
+    largest = [column.bincount().max() for column in model.encode(vectors).T]
+    assert max(largest) < len(vectors) / 4
+
+
 def test_fitted_codebooks_reconstruct_ever_better():
     vectors = tiny_vectors(500)
     model = k_means_model(codebook_size=32).fit(vectors)
     errors = errors_by_depth(model, vectors, model.encode(vectors))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * vectors.var(dim=0).mean()
     searched = errors_by_depth(model, vectors, model.encode(vectors, beam_size=8))
-    assert searched[-1] < 0.98 * errors[-1]
+    assert searched[-1] < 0.99 * errors[-1]
 
 
 def test_codewords_that_are_the_vectors_reconstruct_them():

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 # Maximum number of (vector, codeword) distances per chunk: 16 MiB of float32, which caches hold.
 MAX_DISTANCES = 2**22
+INITIAL_SPREAD = 0.3  # of the first centres of k-means around the mean, relative to that of the vectors
 
 
 @torch.no_grad()
@@ -102,7 +103,10 @@ def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> t
 
 def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Lloyd's algorithm, initialised at random vectors; empty clusters are re-initialised.
+    Lloyd's algorithm, initialised between random vectors and the mean; empty clusters are re-initialised.
+
+    In many dimensions vectors are nearer to their mean than to each other. Centres that started at vectors would keep
+    little else, and leave most vectors to one cluster.
 
     Returns the centres `(K, C)` of vectors `(N, C)`, and how many are nearest to each, `(K,)`. Raises `ValueError`
     where N < K.
@@ -113,7 +117,7 @@ def k_means(vectors: torch.Tensor, num_clusters: int, iterations: int) -> tuple[
     def random_vectors(count):
         return vectors[torch.randperm(len(vectors), device=vectors.device)[:count]]
 
-    centres = random_vectors(num_clusters)
+    centres = vectors.mean(dim=0).lerp(random_vectors(num_clusters), INITIAL_SPREAD)
     for _ in range(iterations):
         cluster = nearest(vectors, centres)
         counts = torch.bincount(cluster, minlength=num_clusters).to(vectors.dtype)
