@@ -11,7 +11,8 @@ prefix means.
 `wordnet`: the 82,115 noun synsets of WordNet 3.0 (Debian's package wordnet-base). Vectors are TF-IDF of their
 glosses, reduced to 128 dimensions by truncated SVD and scaled to unit norm, with the defaults of scikit-learn.
 `cifar10`: images with classes; vectors are the 224 pooled features of the classifier of the package. Both are kept in
-the output folder, and so are the results of every method and seed, which are not computed again.
+the output folder, and so are the results of every method and seed, which are not computed again. Encoders are trained
+on them by examples/train_semantic_ids.py, and compared with `--encoders`, in the order of the seeds.
 
 Every vector becomes three codes of 256, 24 bits, by each of METHODS, which see all vectors once and encode the same.
 The k-means of faiss uses all vectors (by default at most 256 per codeword). Its residual quantizer trains once as it
@@ -35,6 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import load_dataset
 from measure import least_seconds, peak_mebibytes
@@ -73,6 +76,13 @@ def fitted(vectors: torch.Tensor, seed: int) -> RQEmbeddingModel:
 def rq_hf(vectors: torch.Tensor, seed: int, **options) -> Quantized:
     model = fitted(vectors, seed)
     codes = model.encode(vectors, **options)
+    return Quantized(codes, model.decode(codes))
+
+
+def rq_hf_encoder(vectors: torch.Tensor, seed: int, folders: dict[int, Path]) -> Quantized:
+    """By the model that examples/train_semantic_ids.py has trained with each seed."""
+    model = RQEmbeddingModel.from_pretrained(folders[seed] / "semantic_ids")
+    codes = model.encode(vectors)
     return Quantized(codes, model.decode(codes))
 
 
@@ -295,11 +305,14 @@ def feature_vectors(dataset) -> np.ndarray:
 
 
 def kept(path: Path, compute: Callable[[], np.ndarray]) -> torch.Tensor:
-    """The array in a file, which is computed unless it exists."""
+    """The column "vector" of a parquet file, which is computed unless it exists."""
     if not path.exists():
-        with atomic_file(path) as file, file.open("wb") as stream:
-            np.save(stream, compute())
-    return torch.from_numpy(np.load(path))
+        vectors = compute()
+        column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
+        with atomic_file(path) as file:
+            pq.write_table(pa.table({"vector": column}), file)
+    column = pq.read_table(path)["vector"].combine_chunks()
+    return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 
 
 def load_items(args: argparse.Namespace) -> Items:
@@ -307,9 +320,9 @@ def load_items(args: argparse.Namespace) -> Items:
     folder.mkdir(parents=True, exist_ok=True)
     if args.data == "wordnet":
         glosses, hypernyms = read_wordnet(args.wordnet)
-        return Synsets(kept(folder / "vectors.npy", lambda: gloss_vectors(glosses)), hypernyms)
+        return Synsets(kept(folder / "vectors.parquet", lambda: gloss_vectors(glosses)), hypernyms)
     dataset = load_dataset("parquet", data_files=args.data_files, split="train")
-    return Images(kept(folder / "vectors.npy", lambda: feature_vectors(dataset)), np.array(dataset["label"]))
+    return Images(kept(folder / "vectors.parquet", lambda: feature_vectors(dataset)), np.array(dataset["label"]))
 
 
 def figures(items: Items, quantized: Quantized, seed: int) -> dict:
@@ -327,7 +340,9 @@ def figures(items: Items, quantized: Quantized, seed: int) -> dict:
 
 
 def cell(values: list[float]) -> str:
-    """Mean and sample deviation, with four significant digits."""
+    """Mean and sample deviation, with four significant digits; a dash where there is nothing to count."""
+    if np.isnan(values).any():
+        return "–"
     deviation = f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.4g}{deviation}"
 
@@ -353,13 +368,16 @@ def compare(args: argparse.Namespace) -> None:
     items = load_items(args)
     duplicates = (np.bincount(items.groups)[items.groups] > 1).mean()
     print(f"{tuple(items.vectors.shape)} vectors; {duplicates:.2%} are those of another item")
-    results = {name: [] for name in args.methods}
+    methods = {name: METHODS[name] for name in args.methods}
+    if args.encoders:
+        methods["rq_hf, encoder"] = partial(rq_hf_encoder, folders=dict(zip(args.seeds, args.encoders)))
+    results = {name: [] for name in methods}
     for seed in args.seeds:
-        for name in args.methods:
+        for name, method in methods.items():
             path = args.output_dir / args.data / f"{name}, seed {seed}.json".replace(" ", "-").replace(",", "")
             if not path.exists():
                 print(name, "seed", seed, flush=True)
-                found = figures(items, METHODS[name](items.vectors, seed), seed)
+                found = figures(items, method(items.vectors, seed), seed)
                 with atomic_file(path) as file:
                     file.write_text(json.dumps(found, indent=2))
             results[name].append(json.loads(path.read_text()))
@@ -440,6 +458,9 @@ def main() -> None:
         command.set_defaults(run=compare)
         command.add_argument("--output_dir", type=Path, required=True)
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        command.add_argument(
+            "--encoders", type=Path, nargs="+", help="folders of examples/train_semantic_ids.py, one per seed"
+        )
         command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
         if name == "wordnet":
             command.add_argument("--wordnet", type=Path, default="/usr/share/wordnet", help="folder of data.noun")
@@ -453,6 +474,8 @@ def main() -> None:
         if name == "speed":
             command.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if getattr(args, "encoders", None) and len(args.encoders) != len(args.seeds):
+        parser.error(f"--encoders must be {len(args.seeds)} folders, one per seed, got {len(args.encoders)}")
     args.run(args)
 
 
