@@ -15,11 +15,11 @@ the output folder, and so are the results of every method and seed, which are no
 on them by examples/train_semantic_ids.py, and compared with `--encoders`, in the order of the seeds.
 
 Every vector becomes three codes of 256, 24 bits, by each of METHODS, which see all vectors once and encode the same.
-The k-means of faiss uses all vectors (by default at most 256 per codeword). Its residual quantizer trains once as it
-does by default, with 10 iterations in each of 10 growing numbers of dimensions, on the residuals of all beams; and
-once by plain k-means of 25 iterations, as rq_hf does. Its product quantizer has 25 iterations as well; it needs
-dimensions divisible by three, so that vectors get zeros at the end. ResidualVQ does k-means of 25 iterations on its
-first batch, of all vectors.
+`faiss` is its ResidualQuantizer as it is trained by default: k-means of 10 iterations in each of 10 growing numbers of
+dimensions, on the residuals of all beams. `faiss, k-means` is trained like rq_hf, by 25 iterations of k-means in all
+dimensions, and searches when it encodes. Its k-means uses all vectors, instead of 256 per codeword. Its
+ProductQuantizer needs dimensions divisible by three, so that vectors get zeros at the end. ResidualVQ does k-means of
+25 iterations on its first batch, of all vectors.
 
 *Error* is Σ‖x − x̂‖² / Σ‖x − mean‖². *Collisions* is the share of items whose three codes are those of an item with
 another vector. What a prefix means is in the comments of `prefix_figures`, `purity` and `common_ancestors`. The
@@ -92,28 +92,44 @@ def rq_hf_next_nearest(vectors: torch.Tensor, seed: int) -> Quantized:
     return Quantized(ids.codes, model.decode(ids.codes))
 
 
-def faiss_residual(vectors: torch.Tensor, seed: int, beam_size: int, plain: bool = False) -> Quantized:
+def faiss_residual(vectors: torch.Tensor, seed: int, beam_size: int) -> Quantized:
+    """By the training of faiss, which searches as well."""
     import faiss
 
     quantizer = faiss.ResidualQuantizer(vectors.shape[1], D, K.bit_length() - 1)
     quantizer.max_beam_size = beam_size
-    if plain:
-        quantizer.train_type, quantizer.cp.niter = quantizer.Train_default, 25
-    return faiss_codes(quantizer, vectors, seed)
+    train_faiss(quantizer, vectors, seed)
+    return faiss_codes(quantizer, vectors)
+
+
+def faiss_k_means(vectors: torch.Tensor, seed: int, beam_size: int) -> Quantized:
+    """By k-means level after level, as in rq_hf."""
+    import faiss
+
+    quantizer = faiss.ResidualQuantizer(vectors.shape[1], D, K.bit_length() - 1)
+    quantizer.train_type, quantizer.cp.niter, quantizer.max_beam_size = quantizer.Train_default, 25, 1
+    train_faiss(quantizer, vectors, seed)
+    quantizer.max_beam_size = beam_size
+    return faiss_codes(quantizer, vectors)
 
 
 def faiss_product(vectors: torch.Tensor, seed: int) -> Quantized:
     import faiss
 
     padded = torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % D))
-    codes, decoded = faiss_codes(faiss.ProductQuantizer(padded.shape[1], D, K.bit_length() - 1), padded, seed)
+    quantizer = faiss.ProductQuantizer(padded.shape[1], D, K.bit_length() - 1)
+    train_faiss(quantizer, padded, seed)
+    codes, decoded = faiss_codes(quantizer, padded)
     return Quantized(codes, decoded[:, : vectors.shape[1]])
 
 
-def faiss_codes(quantizer, vectors: torch.Tensor, seed: int) -> Quantized:
+def train_faiss(quantizer, vectors: torch.Tensor, seed: int) -> None:
     quantizer.cp.seed = seed
     quantizer.cp.max_points_per_centroid = len(vectors)
     quantizer.train(vectors.numpy())
+
+
+def faiss_codes(quantizer, vectors: torch.Tensor) -> Quantized:
     codes = quantizer.compute_codes(vectors.numpy())  # one byte per code
     return Quantized(torch.from_numpy(codes[:, :D]).long(), torch.from_numpy(quantizer.decode(codes)))
 
@@ -134,10 +150,10 @@ METHODS: dict[str, Callable[[torch.Tensor, int], Quantized]] = {
     "rq_hf, 5 beams": partial(rq_hf, beam_size=5),
     "rq_hf, balanced": partial(rq_hf, balanced=True),
     "rq_hf, next nearest": rq_hf_next_nearest,
-    "faiss ResidualQuantizer, 1 beam": partial(faiss_residual, beam_size=1),
-    "faiss ResidualQuantizer, 5 beams": partial(faiss_residual, beam_size=5),
-    "faiss ResidualQuantizer, 1 beam, plain": partial(faiss_residual, beam_size=1, plain=True),
-    "faiss ResidualQuantizer, 5 beams, plain": partial(faiss_residual, beam_size=5, plain=True),
+    "faiss": partial(faiss_residual, beam_size=1),
+    "faiss, 5 beams": partial(faiss_residual, beam_size=5),
+    "faiss, k-means": partial(faiss_k_means, beam_size=1),
+    "faiss, k-means, 5 beams": partial(faiss_k_means, beam_size=5),
     "faiss ProductQuantizer": faiss_product,
     "ResidualVQ": residual_vq,
 }
@@ -413,8 +429,8 @@ def speed(args: argparse.Namespace) -> None:
             "rq_hf, fit": lambda: fitted(vectors, 0),
             "rq_hf, encode": lambda: model.encode(vectors),
             "rq_hf, encode with 5 beams": lambda: model.encode(vectors, beam_size=5),
-            "faiss ResidualQuantizer, 1 beam, train and encode": lambda: faiss_residual(vectors, 0, 1),
-            "faiss ResidualQuantizer, 5 beams, train and encode": lambda: faiss_residual(vectors, 0, 5),
+            "faiss, train and encode": lambda: faiss_residual(vectors, 0, 1),
+            "faiss, 5 beams, train and encode": lambda: faiss_residual(vectors, 0, 5),
         },
         args.repeats,
     )
