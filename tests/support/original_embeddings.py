@@ -1,5 +1,5 @@
 """Models of semantic IDs as other projects define them, written from what their code computes in evaluation mode: the
-names of weights are theirs. Weights are random, as are the statistics of batch normalisation."""
+names of weights are theirs, their values random."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,8 @@ from torch import nn
 def residual_codes(residual, codebooks):
     codes = []
     for codebook in codebooks:
-        code = (residual.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * residual @ codebook.T).argmin(1)
+        squares = residual.square().sum(1, keepdim=True) + codebook.square().sum(1)
+        code = (squares - 2 * residual @ codebook.T).argmin(1)
         residual = residual - codebook[code]
         codes.append(code)
     return torch.stack(codes, dim=1)
@@ -29,6 +30,17 @@ class OriginalModel(nn.Module):
 
     def reconstruct(self, codes):
         return self.decode(sum(codebook[code] for codebook, code in zip(self.codebooks(), codes.T)))
+
+
+def initialize(module):
+    """Outputs as large as inputs, so that all codewords are used, and nothing that a conversion could leave out."""
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight)
+        if module.bias is not None:
+            nn.init.normal_(module.bias)
+    if isinstance(module, nn.BatchNorm1d):
+        for weight in (module.weight, module.bias, module.running_mean, module.running_var):
+            nn.init.uniform_(weight, 0.5, 2)
 
 
 class ResKMeans(OriginalModel):
@@ -70,10 +82,7 @@ class LCRec(OriginalModel):
         for layer, size in zip(self.rq.vq_layers, sizes):
             layer.embedding = nn.Embedding(size, widths[-1])
         self.decoder = MLPLayers(widths[::-1], batch_norm, last_batch_norm)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                for weight in (module.weight, module.bias, module.running_mean, module.running_var):
-                    nn.init.uniform_(weight, 0.5, 2)
+        self.apply(initialize)
 
     def encode(self, vectors):
         return self.encoder(vectors)
@@ -128,6 +137,7 @@ class RQVAERecommender(OriginalModel):
             )
         self.encoder = MLP(widths, activation, codebook_normalize, bias)
         self.decoder = MLP(widths[::-1], activation, activation is nn.SiLU, bias)
+        self.apply(initialize)
 
     def encode(self, vectors):
         return self.encoder(vectors)

@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m rq_hf.conver
     )
     embedding = parser.add_argument_group("Semantic-ID models", "See rq_hf.convert_embedding_checkpoint.")
     embedding.add_argument(
-        "--activation", choices=ACTIVATIONS.values(), help="of RQ-VAE-Recommender: silu until 27 March 2026, relu since"
+        "--activation",
+        choices=ACTIVATIONS.values(),
+        help="of RQ-VAE-Recommender: silu until 27 March 2026, relu since",
     )
     embedding.add_argument(
         "--codebook-normalize",

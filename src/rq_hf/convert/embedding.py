@@ -1,11 +1,11 @@
 """Models of semantic IDs, as other projects publish them -> a saved RQEmbeddingModel."""
 
+import json
 import os
 import pickletools
 import zipfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from ..argument_checks import check_bool, check_choice, is_integer
@@ -53,11 +53,10 @@ def convert_embedding_checkpoint(
         destination (`str` or `Path`, *optional*): new or empty folder to write to, for `from_pretrained`, with a model
             card. A new folder appears only when it is complete; an empty one may be a mount point.
         activation (`str`, *optional*): of RQ-VAE-Recommender, `"silu"` until 27 March 2026, where the decoder's output
-            has unit length, or `"relu"` since, where it has not. A training checkpoint says it, its weights alone do
-            not.
+            has unit length, or `"relu"` since, where it has not. A training checkpoint says it, weights alone do not.
         codebook_normalize (`bool`, *optional*): of RQ-VAE-Recommender, as its code calls it: latents and the codewords
-            of the first level have unit length. Default: as a training checkpoint says; otherwise `False`, as in
-            all configurations of the authors.
+            of the first level have unit length. Default: as a training checkpoint or the `config.json` beside the file
+            says; otherwise `False`, as in all configurations of the authors.
 
     Returns:
         The [`RQEmbeddingModel`]. What such projects do beyond the nearest codes, such as Sinkhorn assignments of items
@@ -91,7 +90,8 @@ def convert_embedding(
             weights, ignored = find_weights(contents)
             family = family_of(weights)
             if family is None:
-                raise ValueError(f"it has no weights of a semantic-ID model that is known, but {shown_first(weights, 5) or 'nothing'}")
+                found = shown_first(weights, 5) or "nothing"
+                raise ValueError(f"it has no weights of a semantic-ID model that is known, but {found}")
             given = {"activation": activation, "codebook_normalize": codebook_normalize}
             if family is RQ_VAE_RECOMMENDER:
                 options, config = recommender_options(contents.get("model_config"), **given)
@@ -120,16 +120,24 @@ def is_embedding_checkpoint(path: Path) -> bool:
 
 
 def read(path: Path):
-    """The contents of a checkpoint; objects that are no tensors or plain values are [`StandIn`]s."""
+    """The contents of a checkpoint; objects that are no tensors or plain values are [`StandIn`]s. Beside weights of
+    safetensors a `config.json` may lie, whose contents then are their `model_config`."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     if path.suffix != ".safetensors":
         return read_torch_file(path, str(path), stand_ins=True)
     check_contents_are_there(path, str(path))
+    config = path.with_name("config.json")
     try:
-        return load_file(path)
+        weights = load_file(path)
     except Exception as error:  # safetensors has exceptions of its own
         raise ValueError(f"{path} is a truncated or invalid file of safetensors: {one_line(error)}") from error
+    if not config.is_file():
+        return weights
+    try:
+        return {"model": weights, "model_config": json.loads(config.read_text(encoding="utf-8"))}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is not JSON: {one_line(error)}") from error
 
 
 def find_weights(contents) -> tuple[Weights, list[str]]:
@@ -141,7 +149,7 @@ def find_weights(contents) -> tuple[Weights, list[str]]:
     for name in weights:
         if not isinstance(name, str):
             raise ValueError(f"weights must have names, got {shown(name)}")
-    ignored = [] if key is None else [shown(name) for name in contents if name != key]
+    ignored = [] if key is None else [shown(name) for name in contents if name not in (key, "model_config")]
     return {name.removeprefix("module."): weight for name, weight in weights.items()}, ignored
 
 
@@ -152,7 +160,7 @@ def recommender_options(
     Of an RQ-VAE-Recommender, what weights do not say: arguments of its function in `FAMILIES`, and of the model.
 
     Args:
-        recorded: the `model_config` of a training checkpoint, the arguments of its model and, as `"self"`, the model.
+        recorded: the `model_config` of a checkpoint, arguments of its model and, from training, the model as `"self"`.
         activation, codebook_normalize: see [`convert_embedding_checkpoint`].
     """
     recorded = recorded if isinstance(recorded, dict) else {}

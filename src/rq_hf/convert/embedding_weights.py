@@ -50,7 +50,7 @@ def res_k_means_layers(weights: Weights) -> Layers:
 
 
 def lc_rec_layers(weights: Weights) -> Layers:
-    """Dropout, linear layer, maybe batch normalisation, ReLU; and so on. LETTER normalises after the last layer too."""
+    """Dropout, linear layer, maybe batch normalisation, ReLU, and so on. LETTER normalises the last layer too."""
 
     def take_mlp(part: str) -> list[Linear]:
         layers, position, width = [], 1, "in"
@@ -65,7 +65,7 @@ def lc_rec_layers(weights: Weights) -> Layers:
         return layers
 
     if "encoder.mlp.mlp_layers.1.weight" in weights:
-        raise ValueError("the encoder adds its input to its output, as RQ-KMeans+ of MiniOneRec; this is not supported")
+        raise ValueError("encoders that add their input to their output (RQ-KMeans+ of MiniOneRec) are not supported")
     encoder = take_mlp("encoder")
     codebooks = take_codebooks(weights, "rq.vq_layers.{}.embedding.weight", len(encoder[-1].weight))
     return Layers(codebooks, encoder, take_mlp("decoder"))
@@ -145,7 +145,7 @@ def embedding_model(weights: Weights, family: Family, options: dict, **config) -
     decoder_widths = [layer.weight.shape[1] for layer in decoder] + [len(layer.weight) for layer in decoder[-1:]]
     if encoder and decoder_widths != widths[::-1]:
         raise ValueError(
-            f"the decoder must mirror the encoder, whose widths are {widths}; those of the decoder are {decoder_widths}"
+            f"the decoder must mirror the encoder, which has the widths {widths}; it has {decoder_widths}"
         )
     sizes = [len(codebook) for codebook in codebooks]
     model = RQEmbeddingModel(
