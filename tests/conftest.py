@@ -6,8 +6,7 @@ if "HF_ENDPOINT" not in os.environ:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # diffusers, transformers and evaluate keep code of folders here; what other runs left in the user's cache is not ours.
-modules = TemporaryDirectory()
-os.environ["HF_MODULES_CACHE"] = modules.name
+os.environ["HF_MODULES_CACHE"] = (modules := TemporaryDirectory()).name
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ from .models import (
     MARStackConfig,
     MARTransformerConfig,
     MARTransformerModel,
+    RQEmbeddingModel,
     RQStackConfig,
     RQTransformerConfig,
     RQTransformerModel,
@@ -55,7 +56,7 @@ def register_auto_pipelines(module) -> None:
 
 def register() -> None:
     # `model_index.json` then names components by ["rq_hf", "RQVAEModel"], never by the file they live in.
-    models = (RQVAEModel, RQTransformerModel, MARTransformerModel)
+    models = (RQVAEModel, RQEmbeddingModel, RQTransformerModel, MARTransformerModel)
     methods = {cls.__name__: ["save_pretrained", "from_pretrained"] for cls in models}
     LOADABLE_CLASSES["rq_hf"] = methods
     ALL_IMPORTABLE_CLASSES.update(methods)
@@ -63,6 +64,7 @@ def register() -> None:
     diffusers.RQPipeline = RQPipeline
     diffusers.MARPipeline = MARPipeline
     diffusers.RQVAEModel = RQVAEModel
+    diffusers.RQEmbeddingModel = RQEmbeddingModel
     SINGLE_FILE_LOADABLE_CLASSES["RQVAEModel"] = {
         "config_mapping_fn": single_file_config,
         "checkpoint_mapping_fn": single_file_weights,

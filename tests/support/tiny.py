@@ -10,6 +10,7 @@ from rq_hf import (
     MARPipeline,
     MARTransformerConfig,
     MARTransformerModel,
+    RQEmbeddingModel,
     RQPipeline,
     RQTransformerConfig,
     RQTransformerModel,
@@ -54,6 +55,15 @@ def tiny_vae(**overrides):
     vae = RQVAEModel(**config | overrides).eval()
     vae.quantizer.codebook.data *= 0.3  # about the size of the features, so that images differ in their codes
     return vae
+
+
+def tiny_embedding(**overrides):
+    config = {"input_dim": 14, "hidden_dims": (40, 30), "latent_dim": C, "codebook_size": (5, K, 7), "depth": 3}
+    return RQEmbeddingModel(**config | overrides).fit(tiny_vectors(64)).eval()
+
+
+def tiny_vectors(count=2):
+    return torch.randn(count, 14) + torch.arange(14)
 
 
 def tiny_config(kind="none", **overrides):

@@ -6,6 +6,7 @@ from .mar_transformer import (
     MARTransformerOutput,
 )
 from .presets import PRESETS
+from .rq_embedding import RQEmbeddingModel, RQEmbeddingOutput
 from .rq_transformer import RQStackConfig, RQTransformerConfig, RQTransformerModel, RQTransformerOutput
 from .rq_vae import ResidualQuantizer, RQVAEModel, RQVAEOutput
 
@@ -16,6 +17,8 @@ __all__ = [
     "MARTransformerModel",
     "MARTransformerOutput",
     "PRESETS",
+    "RQEmbeddingModel",
+    "RQEmbeddingOutput",
     "RQStackConfig",
     "RQTransformerConfig",
     "RQTransformerModel",

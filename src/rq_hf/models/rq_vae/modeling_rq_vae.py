@@ -304,9 +304,10 @@ class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin,
 
     @onload_weights
     @torch.no_grad()
-    def get_codes(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]."""
-        return self.quantizer.encode(self.encode_to_vectors(pixels)).codes
+    def get_codes(self, pixels: torch.Tensor, beam_size: int = 1) -> torch.Tensor:
+        """The codes `(B, H, W, D)` of pixels `(B, 3, height, width)` in [-1, 1]; `beam_size` is that of
+        [`ResidualQuantizer.encode`]."""
+        return self.quantizer.encode(self.encode_to_vectors(pixels), beam_size=beam_size).codes
 
     @onload_weights
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Nearest codewords and soft targets, both by one matrix product, and k-means on top of them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +14,61 @@ def nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """argmin over k of ‖v − e(k)‖², which is that of ‖e(k)‖² − 2 v·e(k). (N, C), (K, C) -> (N,)"""
     weight, bias = -2 * codebook, codebook.square().sum(dim=-1)
     return torch.cat([linear(chunk, weight, bias).argmin(dim=-1) for chunk in in_chunks(vectors, codebook)])
+
+
+def beam_search(vectors: torch.Tensor, codebooks: Sequence[torch.Tensor], beam_size: int) -> torch.Tensor:
+    """
+    Codes of vectors `(N, C)` in D codebooks `(K, C)`, chosen together: `(N, D)`.
+
+    After every depth the `beam_size` partial sums nearest to each vector are kept, of all that continue those kept
+    before (Babenko and Lempitsky, "Additive Quantization", CVPR 2014, section 3.2). Where depths share a codebook, two
+    orders of the same codewords are two of them.
+    """
+    rows = max(1, MAX_DISTANCES // (beam_size * max(map(len, codebooks))))
+    return torch.cat([_beam_search(chunk, codebooks, beam_size) for chunk in vectors.split(rows)])
+
+
+def _beam_search(vectors: torch.Tensor, codebooks: Sequence[torch.Tensor], beam_size: int) -> torch.Tensor:
+    num_vectors, dim = vectors.shape
+    codes = torch.empty(num_vectors, 1, 0, dtype=torch.long, device=vectors.device)  # (N, beams, d)
+    residuals = vectors[:, None]  # (N, beams, C)
+    for codebook in codebooks:
+        products = linear(residuals.reshape(-1, dim), -2 * codebook, codebook.square().sum(dim=-1))
+        distances = products.view(num_vectors, -1, len(codebook)) + residuals.square().sum(dim=-1, keepdim=True)
+        distances = distances.flatten(1)  # (N, beams·K)
+        best = distances.topk(min(beam_size, distances.shape[1]), largest=False).indices
+        beam, code = best // len(codebook), best % len(codebook)
+        codes = torch.cat([codes.take_along_dim(beam[..., None], dim=1), code[..., None]], dim=-1)
+        residuals = residuals.take_along_dim(beam[..., None], dim=1) - codebook[code]
+    return codes[:, 0]
+
+
+def balanced_nearest(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """
+    A near codeword for every vector, so that none serves more than ⌈N/K⌉ of them. (N, C), (K, C) -> (N,)
+
+    Vectors ask for codewords in the order of their distance, and a codeword keeps the nearest of those that ask
+    (deferred acceptance, Gale and Shapley 1962): no vector and codeword would both rather have each other.
+    """
+    capacity = -(-len(vectors) // len(codebook))
+    code = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
+    distance = vectors.new_empty(len(vectors))
+    limit = vectors.new_full((len(codebook),), torch.inf)  # a full codeword takes only what is nearer
+    weight, bias = -2 * codebook, codebook.square().sum(dim=-1)
+    asking = torch.arange(len(vectors), device=vectors.device)
+    while len(asking):
+        for rows in in_chunks(asking, codebook):
+            distances = linear(vectors[rows], weight, bias) + vectors[rows].square().sum(dim=-1, keepdim=True)
+            distance[rows], code[rows] = distances.masked_fill(distances >= limit, torch.inf).min(dim=-1)
+        order = distance.argsort(stable=True)
+        order = order[code[order].argsort(stable=True)]  # by codeword, then by distance
+        counts = torch.bincount(code, minlength=len(codebook))
+        ends = counts.cumsum(dim=0)
+        rank = torch.arange(len(order), device=order.device) - (ends - counts)[code[order]]
+        last = order[(ends - counts + capacity - 1).clamp(max=len(order) - 1)]
+        limit = torch.where(counts >= capacity, distance[last], limit)
+        asking = order[rank >= capacity]
+    return code
 
 
 def in_chunks(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -31,12 +88,13 @@ def sample_codes(
 
 
 def linear(vectors: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """`F.linear` of vectors `(N, C)`, weight `(K, C)` and bias `(K,)` in float32, also under autocast: `(N, K)`.
+    """`F.linear` of vectors `(N, C)`, weight `(K, C)` and bias `(K,)` of one type, also under autocast: `(N, K)`.
 
-    On a CPU it is a 1×1 convolution, because torch leaves those to oneDNN: up to twice as fast as its matrix product.
+    In float32 on a CPU it is a 1×1 convolution, because torch leaves those to oneDNN: up to twice as fast as its
+    matrix product.
     """
     with torch.autocast(vectors.device.type, enabled=False):
-        if vectors.device.type != "cpu":
+        if vectors.device.type != "cpu" or vectors.dtype != torch.float32:
             return F.linear(vectors, weight, bias)
         pixels = vectors[None, :, None].permute(0, 3, 1, 2)  # (1, C, N, 1), channels last
         return F.conv2d(pixels, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, :, 0]

@@ -2,6 +2,7 @@
 
 Section 3.1 of the paper in plain PyTorch. Shapes: `N` vectors (any leading shape), `C` channels of a vector =
 dimension of a codeword, `K` codebook size, `D` quantization depth, `M` codebooks (1 when all depths share it, else D).
+Codebooks of different sizes are padded to the largest, K.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from ...argument_checks import (
 )
 from ..codes import embed_codes
 from ..offloading import check_not_offloaded, onload_weights
-from .nearest_codes import k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import balanced_nearest, beam_search, k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
@@ -56,7 +57,8 @@ class QuantizerEncoding(NamedTuple):
     """
     Args:
         codes (`torch.Tensor` of shape `(..., D)`, int64): the codes, coarse to fine.
-        residuals (`torch.Tensor` of shape `(..., D, C)`, float32): residual d is what code d approximates.
+        residuals (`torch.Tensor` of shape `(..., D, C)`, float32, or float64 like the vectors): residual d is what
+            code d approximates.
     """
 
     codes: torch.Tensor
@@ -74,11 +76,12 @@ class ResidualQuantizer(nn.Module):
     depth d. Codewords that attract fewer than one residual per update are restarted at residuals of the batch.
     `codebook_update="gradient"` trains the codebook with the codebook loss instead; with depth 1 this is the VQ-VAE.
 
-    All arithmetic is float32, also under autocast. Memory is O(N·C + K·C); in a process group all ranks count the
-    residuals of all ranks, and their codebooks stay bit-identical.
+    All arithmetic is float32, also under autocast, or float64 in [`encode`] of float64 vectors. Memory is
+    O(N·C + K·C); in a process group all ranks count the residuals of all ranks, and their codebooks stay
+    bit-identical.
 
     Args:
-        codebook_size (`int`): K.
+        codebook_size (`int`, or one per codebook): K.
         codebook_dim (`int`): C.
         depth (`int`): D.
         shared_codebook (`bool`): one codebook for all depths (as in the paper) or one per depth.
@@ -100,7 +103,7 @@ class ResidualQuantizer(nn.Module):
 
     def __init__(
         self,
-        codebook_size: int,
+        codebook_size: int | Sequence[int],
         codebook_dim: int,
         depth: int,
         shared_codebook: bool = True,
@@ -111,22 +114,22 @@ class ResidualQuantizer(nn.Module):
         epsilon: float = 1e-5,
     ):
         super().__init__()
-        check_size("codebook_size", codebook_size)
         check_size("codebook_dim", codebook_dim)
         check_size("depth", depth)
         check_bool("shared_codebook", shared_codebook)
         check_bool("restart_unused_codes", restart_unused_codes)
         check_choice("codebook_update", codebook_update, ("ema", "gradient"))
         num_codebooks = 1 if shared_codebook else depth
-        ema_decay = as_plain(ema_decay)
-        decays = ema_decay if isinstance(ema_decay, list | tuple) else [ema_decay] * num_codebooks
-        if len(decays) != num_codebooks:
-            raise ValueError(f"ema_decay must be a number or one per codebook ({num_codebooks}), got {ema_decay}")
-        for decay in decays:
+        codebook_size, ema_decay = as_plain(codebook_size), as_plain(ema_decay)
+        sizes = per_codebook("codebook_size", codebook_size, num_codebooks)
+        for size in sizes:
+            check_size("codebook_size", size)
+        for decay in per_codebook("ema_decay", ema_decay, num_codebooks):
             check_number("ema_decay", decay, "lie in [0, 1)")
         check_number("quantizer_dropout", quantizer_dropout, "lie in [0, 1]")
         check_number("epsilon", epsilon, "be greater than 0")
         self.codebook_size = codebook_size
+        self.codebook_sizes = tuple(sizes) * (depth if shared_codebook else 1)  # of every depth
         self.codebook_dim = codebook_dim
         self.depth = depth
         self.shared_codebook = shared_codebook
@@ -136,7 +139,9 @@ class ResidualQuantizer(nn.Module):
         self.quantizer_dropout = quantizer_dropout
         self.epsilon = epsilon
 
-        codebook = torch.randn(num_codebooks, codebook_size, codebook_dim)  # (M, K, C)
+        codebook = torch.randn(num_codebooks, max(sizes), codebook_dim)  # (M, K, C)
+        for m, size in enumerate(sizes):
+            codebook[m, size:] = 0
         self.codebook = nn.Parameter(codebook, requires_grad=codebook_update == "gradient")
         if codebook_update == "ema":
             self.register_buffer("cluster_size", torch.zeros(codebook.shape[:2]))  # (M, K) running counts
@@ -144,7 +149,7 @@ class ResidualQuantizer(nn.Module):
 
     def codebook_at(self, d: int) -> torch.Tensor:
         """The codebook of depth index d (0-based), `(K, C)` float32."""
-        return self.codebook[0 if self.shared_codebook else d].float()
+        return self.codebook[0 if self.shared_codebook else d, : self.codebook_sizes[d]].float()
 
     def forward(self, z: torch.Tensor) -> QuantizerOutput:
         """Quantizes `z` of shape `(..., C)`; in training mode also updates the codebook (see the class).
@@ -183,7 +188,11 @@ class ResidualQuantizer(nn.Module):
     @onload_weights
     @torch.no_grad()
     def encode(
-        self, z: torch.Tensor, temperature: float | None = None, generator: torch.Generator | None = None
+        self,
+        z: torch.Tensor,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+        beam_size: int = 1,
     ) -> QuantizerEncoding:
         """
         Codes of `z` `(..., C)` and the residuals that they quantize; never updates the codebook.
@@ -191,9 +200,11 @@ class ResidualQuantizer(nn.Module):
         Args:
             temperature: τ > 0 samples the codes from softmax(−‖r − e(k)‖²/τ), the stochastic codes of section 3.2.3;
                 `None` takes the nearest ones.
+            beam_size: how many partial sums are kept at every depth. 1 chooses code after code, as the paper does;
+                more find sums nearer to z, whose first codes need not be the nearest, see [`beam_search`].
 
-        Raises `ValueError` for another number of channels, NaN or infinite vectors and τ ≤ 0; `TypeError` for
-        arguments of other types.
+        Raises `ValueError` for another number of channels, NaN or infinite vectors, τ ≤ 0, and for τ together with
+        more than one beam; `TypeError` for arguments of other types.
         """
         self._check_vectors(z)
         if temperature is not None:
@@ -201,22 +212,38 @@ class ResidualQuantizer(nn.Module):
             temperature = float(temperature)
         if generator is not None:
             check_instance("generator", generator, torch.Generator)
+        check_size("beam_size", beam_size)
+        if temperature is not None and beam_size > 1:
+            raise ValueError(f"codes are either sampled or searched: got temperature={temperature} and {beam_size=}")
         with torch.autocast(z.device.type, enabled=False):
-            residual = z.float().reshape(-1, self.codebook_dim)
+            residual = (z if z.dtype == torch.float64 else z.float()).reshape(-1, self.codebook_dim)
             check_finite("vectors", residual)
+            codebooks = [self.codebook_at(d).to(residual.dtype) for d in range(self.depth)]
+            found = beam_search(residual, codebooks, beam_size) if beam_size > 1 else None  # (N, D)
             codes, residuals = [], []
-            for d in range(self.depth):
-                if temperature is None:
-                    code = nearest(residual, self.codebook_at(d))
+            for d, codebook in enumerate(codebooks):
+                if found is not None:
+                    code = found[:, d]
+                elif temperature is None:
+                    code = nearest(residual, codebook)
                 else:
-                    code = sample_codes(residual, self.codebook_at(d), temperature, generator)
+                    code = sample_codes(residual, codebook, temperature, generator)
                 codes.append(code)
                 residuals.append(residual)
-                residual = residual - F.embedding(code, self.codebook_at(d))
+                residual = residual - F.embedding(code, codebook)
         return QuantizerEncoding(
             torch.stack(codes, dim=-1).reshape(*z.shape[:-1], self.depth),
             torch.stack(residuals, dim=-2).reshape(*z.shape[:-1], self.depth, self.codebook_dim),
         )
+
+    @onload_weights
+    @torch.no_grad()
+    def balanced_codes(self, residuals: torch.Tensor) -> torch.Tensor:
+        """Codes `(N,)` of the last depth for its residuals `(N, C)`, of which none serves more than ⌈N/K⌉, see
+        [`balanced_nearest`]. Raises like [`encode`]."""
+        self._check_vectors(residuals)
+        check_finite("vectors", residuals)
+        return balanced_nearest(residuals, self.codebook_at(self.depth - 1).to(residuals.dtype))
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Sums of the codewords of `codes` `(..., d)`, d ≤ D: `(..., C)`. With d < D, the first partial sums ẑ⁽ᵈ⁾."""
@@ -228,7 +255,11 @@ class ResidualQuantizer(nn.Module):
         check_int64("codes", codes, "...", "d")
         if codes.shape[-1] > self.depth:
             raise ValueError(f"codes must have at most {self.depth} depths, got {codes.shape[-1]}")
-        check_range("codes", codes, self.codebook_size)
+        if len(set(self.codebook_sizes)) == 1:
+            check_range("codes", codes, self.codebook_sizes[0])
+        else:
+            for d, size in enumerate(self.codebook_sizes[: codes.shape[-1]]):
+                check_range(f"codes of depth {d + 1}", codes[..., d], size)
         return embed_codes(codes, self.codebook)
 
     @onload_weights
@@ -275,17 +306,17 @@ class ResidualQuantizer(nn.Module):
         check_finite("vectors", vectors)
         residual = vectors
         for m in range(len(self.codebook)):
-            self._set_codebook(m, *k_means(residual, self.codebook_size, iterations))
+            self._set_codebook(m, *k_means(residual, self.codebook_sizes[m], iterations))
             residual = residual - F.embedding(nearest(residual, self.codebook_at(m)), self.codebook_at(m))
         if self.shared_codebook and self.depth > 1:
             residuals = self.encode(vectors).residuals.flatten(0, 1)  # (N·D, C)
-            self._set_codebook(0, *k_means(residuals, self.codebook_size, iterations))
+            self._set_codebook(0, *k_means(residuals, self.codebook_sizes[0], iterations))
 
     def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
-        self.codebook[m] = codewords
+        self.codebook[m, : len(codewords)] = codewords
         if self.codebook_update == "ema":
-            self.cluster_size[m] = counts
-            self.cluster_sum[m] = codewords * counts[:, None]
+            self.cluster_size[m, : len(codewords)] = counts
+            self.cluster_sum[m, : len(codewords)] = codewords * counts[:, None]
 
     def _check_vectors(self, z: torch.Tensor) -> None:
         check_floating("vectors", z, "...", self.codebook_dim)
@@ -303,10 +334,10 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def _update_codebook(self, residual: torch.Tensor, code: torch.Tensor, d: int) -> None:
         """Moves the codewords of depth d towards the means of their residuals `(N, C)`, in the authors' order."""
-        m = 0 if self.shared_codebook else d
-        count = torch.bincount(code, minlength=self.codebook_size).to(residual.dtype)  # (K,)
-        total = torch.zeros_like(self.cluster_sum[m], dtype=residual.dtype).index_add_(0, code, residual)  # (K, C)
-        fresh = self._restart_candidates(residual) if self.restart_unused_codes else None
+        m, size = 0 if self.shared_codebook else d, self.codebook_sizes[d]
+        count = torch.bincount(code, minlength=size).to(residual.dtype)  # (K,)
+        total = residual.new_zeros(size, self.codebook_dim).index_add_(0, code, residual)  # (K, C)
+        fresh = self._restart_candidates(residual, size) if self.restart_unused_codes else None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
@@ -314,7 +345,7 @@ class ResidualQuantizer(nn.Module):
                 dist.broadcast(fresh, src=0)
 
         decay = self.ema_decay[m] if isinstance(self.ema_decay, Sequence) else self.ema_decay
-        cluster_size, cluster_sum = self.cluster_size[m], self.cluster_sum[m]
+        cluster_size, cluster_sum = self.cluster_size[m, :size], self.cluster_sum[m, :size]
         cluster_size.mul_(decay).add_(count, alpha=1 - decay)
         cluster_sum.mul_(decay).add_(total, alpha=1 - decay)
         if fresh is not None:
@@ -324,19 +355,29 @@ class ResidualQuantizer(nn.Module):
 
         # Laplace smoothing keeps empty clusters away from a division by zero.
         n = cluster_size.sum()
-        smoothed = n * (cluster_size + self.epsilon) / (n + self.codebook_size * self.epsilon)
-        self.codebook[m] = cluster_sum / smoothed[:, None]
+        smoothed = n * (cluster_size + self.epsilon) / (n + size * self.epsilon)
+        self.codebook[m, :size] = cluster_sum / smoothed[:, None]
 
-    def _restart_candidates(self, residual: torch.Tensor) -> torch.Tensor:
+    def _restart_candidates(self, residual: torch.Tensor, size: int) -> torch.Tensor:
         """K residuals of the batch in random order, repeated with a little noise where N < K. (N, C) -> (K, C)"""
-        repeats = -(-self.codebook_size // len(residual))
+        repeats = -(-size // len(residual))
         if repeats > 1:
             noise = torch.rand(repeats, *residual.shape, device=residual.device).mul_(0.01 / self.codebook_dim**0.5)
             residual = noise.add_(residual).flatten(0, 1)
-        return residual[torch.randperm(len(residual), device=residual.device)[: self.codebook_size]]
+        return residual[torch.randperm(len(residual), device=residual.device)[:size]]
 
     def extra_repr(self) -> str:
         return (
             f"codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}, depth={self.depth}, "
             f"shared_codebook={self.shared_codebook}, codebook_update={self.codebook_update!r}"
         )
+
+
+def per_codebook(name: str, value, count: int) -> list:
+    """A value for each of `count` codebooks, from one for all or a list. Raises `ValueError` for a list of another
+    length."""
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} must be a number or one per codebook ({count}), got {value}")
+    return list(value)
