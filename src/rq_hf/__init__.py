@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ._registration import register
-from .convert import convert_mar_checkpoint, convert_original_checkpoint
+from .convert import convert_embedding_checkpoint, convert_mar_checkpoint, convert_original_checkpoint
 from .models import (
     PRESETS,
     MARHeadConfig,
@@ -51,6 +51,7 @@ __all__ = [
     "RQTransformerModel",
     "RQVAEModel",
     "ResidualQuantizer",
+    "convert_embedding_checkpoint",
     "convert_mar_checkpoint",
     "convert_original_checkpoint",
 ]
