@@ -24,8 +24,8 @@ from .embedding_weights import RQ_VAE_RECOMMENDER, Family, Weights, embedding_mo
 
 ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu"}  # classes of PyTorch, and how the model calls them
 INTRODUCTION = """\
-Converted with `rq_hf` from a checkpoint with the weights of {projects}. Its codes are those that the code of that
-project computes, except where two codewords are equally near."""
+Converted with `rq_hf` from a checkpoint whose weights are named as those of {projects}. Its codes are those that this
+code computes, except where two codewords are equally near."""
 LICENCE = """\
 ## Licence
 
