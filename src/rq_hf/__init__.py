@@ -52,9 +52,9 @@ __all__ = [
     "RQTransformerModel",
     "RQVAEModel",
     "ResidualQuantizer",
-    "convert_embedding_checkpoint",
     "SemanticIdReport",
     "SemanticIds",
+    "convert_embedding_checkpoint",
     "convert_mar_checkpoint",
     "convert_original_checkpoint",
 ]
