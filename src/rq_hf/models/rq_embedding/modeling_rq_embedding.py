@@ -153,6 +153,13 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         return self.quantizer.codebook_sizes
 
     @onload_weights
+    def to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors `(N, input_dim)` -> what is quantized: the encoder's output `(N, C)` on standardised vectors, in
+        float64 for vectors of float64. Raises like [`encode`]."""
+        check_vectors(vectors, self.config.input_dim)
+        return self._to_latents(vectors)
+
+    @onload_weights
     @torch.no_grad()
     def fit(self, vectors: torch.Tensor, iterations: int = 25) -> "RQEmbeddingModel":
         """
