@@ -442,28 +442,29 @@ def speed(args: argparse.Namespace) -> None:
 def fit_step(rows: int, threads: int) -> Callable:
     torch.set_num_threads(threads)
     vectors = low_rank(rows, 768)
-    return lambda: fitted(vectors, 0)
+    return partial(print_rate, lambda: fitted(vectors, 0), rows)
 
 
 def encode_step(rows: int, threads: int, beam_size: int) -> Callable:
     torch.set_num_threads(threads)
     vectors = low_rank(rows, 768)
     model = fitted(vectors[: 100 * K], 0)
-    return lambda: model.encode(vectors, beam_size=beam_size)
+    return partial(print_rate, lambda: model.encode(vectors, beam_size=beam_size), rows)
 
 
-STEPS = {"fit": (fit_step,), "encode": (encode_step, 1), "encode with 5 beams": (encode_step, 5)}
+def print_rate(step: Callable, rows: int) -> None:
+    started = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - started
+    print(f"{seconds:.1f} s, {rows / seconds:,.0f} vectors/s", flush=True)
 
 
 def million(args: argparse.Namespace) -> None:
-    """Peak memory beyond the vectors, in a process of its own, and vectors per second, of 768 dimensions."""
-    for name, (make_step, *options) in STEPS.items():
+    """Vectors per second, and peak memory beyond the vectors, of 768 dimensions, each in a process of its own."""
+    for name, make_step, *options in (("fit", fit_step), ("encode", encode_step, 1), ("5 beams", encode_step, 5)):
+        print(f"{name}: ", end="", flush=True)
         memory = peak_mebibytes(make_step, args.rows, args.threads, *options)
-        step = make_step(args.rows, args.threads, *options)
-        started = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - started
-        print(f"{name}: {memory / 1024:.2f} GiB, {seconds:.1f} s, {args.rows / seconds:,.0f} vectors/s", flush=True)
+        print(f"  {memory / 1024:.2f} GiB", flush=True)
 
 
 def main() -> None:
