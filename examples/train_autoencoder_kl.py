@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
+from rq_hf.models.continuous_latents import autoencoder_kl_card
 from rq_hf.training import (
     AutoencoderArguments,
     AutoencoderKLForTraining,
@@ -40,7 +41,6 @@ from rq_hf.training import (
     RunArguments,
     TrainingDataArguments,
     ValidationArguments,
-    autoencoder_kl_card,
     autoencoder_kl_grid,
     check_numbers,
     check_unsharded,

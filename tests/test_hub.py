@@ -30,12 +30,12 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
-from tiny import MAR_CALL, tiny_mar_pipeline
+from tiny import MAR_CALL, tiny_embedding, tiny_mar_pipeline, tiny_vectors
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import rq_hf_cli
-from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel
+from rq_hf import RQPipeline, RQTransformerConfig, RQTransformerModel, RQVAEModel, SemanticIds
 
 VOCABULARY = {"[PAD]": 0, "red": 1, "apple": 2}
 LORA = Path(__file__).parents[1] / "examples" / "train_lora.py"
@@ -210,6 +210,61 @@ def check_models_get_a_card(pipe, part, method, tmp_path):
     assert "@inproceedings{lee2022" in card.text and "More Information Needed" not in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     exec(code, {})
+
+
+@pytest.fixture(scope="module")
+def ids():
+    ids = SemanticIds.encode(tiny_embedding(), [f"item {i}" for i in range(50)], tiny_vectors(50))
+    return ids.resolve("suffix")[0]
+
+
+def assert_same_ids(ids, loaded):
+    assert loaded.items == ids.items and torch.equal(loaded.codes, ids.codes)
+    assert_same_weights(ids.model, loaded.model)
+
+
+def check_semantic_ids(ids, tmp_path):
+    address = ids.push_to_hub("tester/ids")
+    assert str(address).endswith(model_info("tester/ids").sha)
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/ids"))
+    ids.save_pretrained(tmp_path, push_to_hub=True, repo_id="tester/saved-ids")
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/saved-ids"))
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/saved-ids", local_files_only=True))
+    for repo in ("tester/ids", "tester/saved-ids"):
+        card = card_of(repo)
+        assert card.data.library_name == "rq_hf" and "semantic-ids" in card.data.tags
+        assert str(ids.report()) in card.text
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        exec(code, {})
+
+
+def check_places_of_semantic_ids(ids, tmp_path):
+    ids.push_to_hub("tester/places", subfolder="deep/er", private=True)
+    ids.resolve("keep")[0].push_to_hub("tester/places", revision="other")
+    assert {path.rpartition("/")[0] for path in list_repo_files("tester/places")} == {"deep/er"}
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/places", subfolder="deep/er"))
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/places", revision="other"))
+    with pytest.raises(FileNotFoundError, match="holds no semantic IDs: it has no semantic_ids.json"):
+        SemanticIds.from_pretrained("tester/places")
+    with pytest.raises(RepositoryNotFoundError):
+        SemanticIds.from_pretrained("tester/places", revision="other", token=False, cache_dir=tmp_path)
+
+
+def check_semantic_ids_without_the_package(ids, tmp_path):
+    ids.push_to_hub("tester/ids-with-code", with_code=True)
+    usage, unpack = re.findall(r"```python\n(.*?)```", card_of("tester/ids-with-code").text, re.DOTALL)
+    assert run_alone(tmp_path, unpack + usage + "print(text)") == [ids.text(ids.items[0])]
+
+
+def check_interrupted_upload_of_semantic_ids_changes_nothing(ids, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries again, later and later
+    ids.push_to_hub("tester/ids-break")
+    before = model_info("tester/ids-break").sha
+    other = SemanticIds(tiny_embedding(), [1], torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ConnectionError, match="the upload failed"):
+        other.push_to_hub("tester/ids-break", commit_message=BROKEN)
+    assert model_info("tester/ids-break").sha == before
+    assert_same_ids(ids, SemanticIds.from_pretrained("tester/ids-break"))
 
 
 def check_in_a_fresh_process(pipe):

@@ -18,6 +18,7 @@ from .models import (
     RQVAEModel,
 )
 from .pipelines import MARPipeline, MARPipelineOutput, RQPipeline, RQPipelineOutput
+from .semantic_ids import SemanticIdReport, SemanticIds
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,8 @@ __all__ = [
     "RQTransformerModel",
     "RQVAEModel",
     "ResidualQuantizer",
+    "SemanticIdReport",
+    "SemanticIds",
     "convert_mar_checkpoint",
     "convert_original_checkpoint",
 ]

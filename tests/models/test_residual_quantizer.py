@@ -335,7 +335,8 @@ def test_chunks_change_nothing(monkeypatch, max_pairs):
         generator = torch.Generator().manual_seed(0)
         out = quantizer(z)
         targets, drawn = quantizer.get_soft_codes(z, stochastic=True, generator=generator)
-        results.append([out.codes, out.quantized, quantizer.codebook.data, targets, drawn])
+        searched, balanced = quantizer.encode(z, beam_size=3).codes, quantizer.balanced_codes(z)
+        results.append([out.codes, out.quantized, quantizer.codebook.data, targets, drawn, searched, balanced])
     for expected, actual in zip(*results):
         torch.testing.assert_close(actual, expected)
 
@@ -358,6 +359,78 @@ def test_decoding_is_the_inverse_of_encoding_up_to_the_last_residual(shared):
         torch.testing.assert_close(quantizer.decode(codes[..., :d]) + residuals[..., d, :], z)
     torch.testing.assert_close(quantizer.decode(codes), quantizer(z).quantized)
     torch.testing.assert_close(quantizer.decode(codes), quantizer.embed(codes).sum(dim=-2))
+
+
+SIZES = (5, K, 3, 7)
+
+
+def test_codebooks_of_different_sizes_are_trained_within_their_sizes():
+    quantizer, z = make_quantizer(codebook_size=SIZES, shared_codebook=False), torch.randn(N, C)
+    quantizer.initialize(z)
+    quantizer(z)
+    codes = quantizer.encode(z).codes
+    assert (codes < torch.tensor(SIZES)).all()
+    assert [len(column.unique()) for column in codes.T] == list(SIZES)
+    for d, size in enumerate(SIZES):
+        assert quantizer.codebook_at(d).shape == (size, C)
+        assert quantizer.codebook[d, :size].all() and not quantizer.codebook[d, size:].any()
+        assert quantizer.cluster_size[d, :size].all() and not quantizer.cluster_size[d, size:].any()
+    torch.testing.assert_close(quantizer.decode(codes), partial_sums(quantizer, codes)[:, -1])
+
+
+def test_codes_beyond_a_smaller_codebook_are_an_error():
+    quantizer = make_quantizer(codebook_size=SIZES, shared_codebook=False)
+    with pytest.raises(ValueError, match=r"codes of depth 3 must lie in \[0, 3\), got values from 0 to 3"):
+        quantizer.embed(torch.tensor([[0, 0, 0], [4, 7, 3]]))
+
+
+def all_codes(quantizer):
+    return torch.cartesian_prod(*map(torch.arange, quantizer.codebook_sizes))
+
+
+def test_a_beam_of_all_sums_finds_the_nearest_sum():
+    quantizer, z = make_quantizer(codebook_size=SIZES, shared_codebook=False), torch.randn(N, C)
+    sums = quantizer.decode(all_codes(quantizer))
+    codes, residuals = quantizer.encode(z, beam_size=len(sums))
+    assert torch.equal(codes, all_codes(quantizer)[torch.cdist(z, sums).argmin(dim=1)])
+    torch.testing.assert_close(residuals[:, 0], z)
+    torch.testing.assert_close(residuals[:, 1:], z[:, None] - partial_sums(quantizer, codes)[:, :-1])
+
+
+@both_sharings
+def test_wider_beams_find_nearer_sums(shared):
+    quantizer, z = make_quantizer(shared_codebook=shared), torch.randn(10 * N, C)
+    quantizer.initialize(z)
+    errors = [(quantizer.decode(quantizer.encode(z, beam_size=b).codes) - z).square().mean() for b in (1, 2, 4, 8)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+
+
+def test_codes_are_sampled_or_searched_but_not_both():
+    with pytest.raises(ValueError, match="got temperature=1.0 and beam_size=2"):
+        make_quantizer().encode(torch.randn(N, C), temperature=1.0, beam_size=2)
+
+
+@pytest.mark.parametrize("num_vectors", [1, K, N, 100 * K + 1])
+def test_balanced_codes_are_a_stable_matching(num_vectors):
+    quantizer = make_quantizer(depth=1)
+    z = torch.randn(num_vectors, C) + 1  # most are nearest to few codewords
+    codes = quantizer.balanced_codes(z)
+    counts, capacity = torch.bincount(codes, minlength=K), -(-num_vectors // K)
+    assert counts.max() <= capacity < 2 * num_vectors
+    distances = torch.cdist(z.double(), quantizer.codebook_at(0).double())
+    own = distances.take_along_dim(codes[:, None], dim=1)
+    furthest = torch.zeros(K).double().scatter_reduce(0, codes, own[:, 0], "amax")
+    furthest[counts < capacity] = torch.inf
+    assert not ((distances < own - 1e-6) & (distances < furthest - 1e-6)).any()
+
+
+def test_float64_vectors_are_quantized_in_float64():
+    quantizer = make_quantizer(codebook_size=2, depth=1)
+    first, second = quantizer.codebook_at(0).double()
+    z = torch.stack([(0.5 + margin) * first + (0.5 - margin) * second for margin in (1e-12, -1e-12)])
+    codes, residuals = quantizer.encode(z)
+    assert codes.flatten().tolist() == [0, 1]
+    assert residuals.dtype == torch.float64
 
 
 @pytest.mark.parametrize("method", ["__call__", "encode", "get_soft_codes"])
@@ -406,6 +479,7 @@ def test_soft_codes_need_a_temperature_above_zero(method, temperature):
         ({"codebook_dim": 0}, "codebook_dim must be at least 1, got 0"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"codebook_update": "adam"}, r"one of \['ema', 'gradient'\], got 'adam'"),
+        ({"codebook_size": (8, 8)}, r"codebook_size must be a number or one per codebook \(1\), got \(8, 8\)"),
         ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
         ({"ema_decay": -0.1}, r"ema_decay must lie in \[0, 1\), got -0.1"),
         ({"epsilon": 0.0}, "epsilon must be greater than 0, got 0.0"),

@@ -5,8 +5,8 @@ from huggingface_hub import ModelCard
 from tiny import MAR_SCALE, C, tiny_kl, tiny_pixels
 
 from rq_hf.metrics import LPIPS, psnr
-from rq_hf.models.continuous_latents import encode_moments, sample_latents
-from rq_hf.training import AutoencoderKLForTraining, AutoencoderKLLoss, autoencoder_kl_card, set_scaling_factor
+from rq_hf.models.continuous_latents import autoencoder_kl_card, encode_moments, sample_latents
+from rq_hf.training import AutoencoderKLForTraining, AutoencoderKLLoss, set_scaling_factor
 from rq_hf.training.autoencoder_kl import validation_metrics
 
 

@@ -2,8 +2,8 @@
 
 from diffusers import AutoencoderKL
 
-from ..model_cards import MAR_CITATION, model_card, quoted
 from ..models import MARTransformerConfig, MARTransformerModel
+from ..models.continuous_latents import autoencoder_kl_card
 from ..models.mar_transformer import MARStackConfig
 from ..pipelines import MARPipeline
 
@@ -37,14 +37,6 @@ This model has the sizes of {name}. Of their checkpoint of {name}, the authors
 with `num_iterations=256`, `num_inference_steps=100`, `temperature=1.0`, `guidance_scale={guidance_scale}` and the
 linear guidance schedule. The figures are theirs; they were not measured with this conversion."""
 
-AUTOENCODER_USAGE = """import torch
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained({place})
-pixels = torch.rand(1, 3, 256, 256) * 2 - 1  # images in [-1, 1], here of noise
-latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
-
 
 def mar_card(model: MARPipeline | MARTransformerModel | AutoencoderKL, place: str) -> str:
     """A card with valid Hub metadata, code that loads the model from `place`, its sizes, the authors' figures for a
@@ -59,11 +51,10 @@ def mar_card(model: MARPipeline | MARTransformerModel | AutoencoderKL, place: st
         "license": "other",
         "license_name": "mit",
         "license_link": "https://github.com/LTH14/mar/blob/main/LICENSE",
-        "tags": ["mar", "diffusion-loss"],
     }
     if isinstance(model, AutoencoderKL):
-        usage = AUTOENCODER_USAGE.format(place=quoted(place))
-        return model_card("KL autoencoder", usage, **sections | {"tags": ["image-tokenizer"]}, citation=MAR_CITATION)
+        return autoencoder_kl_card(model, place, **sections)
+    sections["tags"] = ["mar", "diffusion-loss"]
     if isinstance(model, MARPipeline):
         sections["call"] = f"image = {model.example_call}.images[0]"
     return model.card(place, **sections)

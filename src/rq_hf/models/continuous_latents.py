@@ -17,6 +17,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..argument_checks import check_floating, check_instance, check_number
+from ..model_cards import MAR_CITATION, model_card, quoted
 from .pretrained import check_loading_info, reading
 from .rq_vae import RQVAEModel
 
@@ -156,3 +157,25 @@ def shift(vae: Autoencoder) -> float:
 
 def scale(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
     return (latents - shift(vae)) * vae.config.scaling_factor
+
+
+def autoencoder_kl_card(vae: AutoencoderKL, model: str, **sections) -> str:
+    """The model card of a KL tokenizer; `model` is the folder or Hub id that its code loads, `sections` are further
+    arguments of [`model_card`]."""
+    (channels, height, width), side = latent_shape(vae), vae.config.sample_size
+    usage = f"""import torch
+from diffusers import AutoencoderKL
+
+vae = AutoencoderKL.from_pretrained({quoted(model)})
+pixels = torch.rand(1, {vae.config.in_channels}, {side}, {side}) * 2 - 1  # images in [-1, 1], here of noise
+posterior = vae.encode(pixels).latent_dist
+latents = posterior.sample() * vae.config.scaling_factor  # (1, {channels}, {height}, {width})
+pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
+    title = f"AutoencoderKL {side}² → {height}×{width}×{channels}"
+    own = {
+        "about": "An autoencoder of images with continuous latents, for a MAR model "
+        "([Li et al., NeurIPS 2024](https://arxiv.org/abs/2406.11838)).",
+        "tags": ["autoencoder-kl", "image-tokenizer"],
+        "citation": MAR_CITATION,
+    }
+    return model_card(title, usage, **own | sections)

@@ -12,7 +12,8 @@ from ..model_cards import CODE_FILE
 
 FILE = "code_rq.py"
 PACKAGE = Path(__file__).parents[1]
-LAYERS = ("models", "pipelines", "convert", "presets")  # what `import rq_hf` needs, beside the modules at the top
+# What `import rq_hf` needs, beside the modules at the top.
+LAYERS = ("models", "pipelines", "semantic_ids", "convert", "presets")
 # The code file is this, VERSION and FILES, and the rest.
 CODE_START = '''"""The package rq_hf, for machines without it, as `save_pretrained(..., with_code=True)` wrote it.
 

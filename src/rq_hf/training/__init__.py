@@ -15,7 +15,6 @@ from .arguments import (
 from .autoencoder_kl import (
     AutoencoderKLForTraining,
     AutoencoderKLLoss,
-    autoencoder_kl_card,
     autoencoder_kl_grid,
     evaluate_autoencoder_kl,
     set_scaling_factor,
@@ -70,7 +69,6 @@ __all__ = [
     "TrainingHook",
     "TransformerArguments",
     "ValidationArguments",
-    "autoencoder_kl_card",
     "autoencoder_kl_grid",
     "check_launch",
     "check_numbers",

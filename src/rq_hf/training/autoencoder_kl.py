@@ -14,8 +14,7 @@ from PIL import Image
 
 from ..argument_checks import check_number
 from ..metrics import LPIPS
-from ..model_cards import MAR_CITATION, model_card, quoted
-from ..models.continuous_latents import encode_moments, latent_shape, measure_scaling_factor, sample_latents
+from ..models.continuous_latents import encode_moments, measure_scaling_factor, sample_latents
 from .reconstruction import AutoencoderLoss, comparison_grid, reconstruction_quality, validation_means
 from .trackers import log_images
 
@@ -107,25 +106,3 @@ def autoencoder_kl_grid(vae: AutoencoderKL, pixels: torch.Tensor) -> Image.Image
     """One row for every image of the pixels: the image and its reconstruction."""
     sample = vae.decode(vae.encode(pixels.to(vae.device)).latent_dist.mode()).sample.cpu()
     return comparison_grid(torch.stack([pixels, sample]) / 2 + 0.5, ["original", "reconstruction"])
-
-
-def autoencoder_kl_card(vae: AutoencoderKL, model: str, **sections) -> str:
-    """The model card of a KL tokenizer; `model` is the folder or Hub id that its code loads, `sections` are further
-    arguments of [`model_card`]."""
-    (channels, height, width), side = latent_shape(vae), vae.config.sample_size
-    usage = f"""import torch
-from diffusers import AutoencoderKL
-
-vae = AutoencoderKL.from_pretrained({quoted(model)})
-pixels = torch.rand(1, {vae.config.in_channels}, {side}, {side}) * 2 - 1  # images in [-1, 1], here of noise
-posterior = vae.encode(pixels).latent_dist
-latents = posterior.sample() * vae.config.scaling_factor  # (1, {channels}, {height}, {width})
-pixels = vae.decode(latents / vae.config.scaling_factor).sample"""
-    title = f"AutoencoderKL {side}² → {height}×{width}×{channels}"
-    own = {
-        "about": "An autoencoder of images with continuous latents, for a MAR model "
-        "([Li et al., NeurIPS 2024](https://arxiv.org/abs/2406.11838)).",
-        "tags": ["autoencoder-kl", "image-tokenizer"],
-        "citation": MAR_CITATION,
-    }
-    return model_card(title, usage, **own | sections)

@@ -159,6 +159,7 @@ class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin,
         check_items("code_patch_size", code_patch_size, 2)
         for side in code_patch_size:
             check_size("code_patch_size", side)
+        check_size("codebook_size", codebook_size)
         check_size("sample_size", sample_size)
         check_number("scaling_factor", scaling_factor, "be greater than 0")
         if not len(down_block_types) == len(up_block_types) == len(block_out_channels):
