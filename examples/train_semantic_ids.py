@@ -38,6 +38,7 @@ from rq_hf.training import (
     check_unsharded,
     evaluate_semantic_ids,
     flat_configuration,
+    initialize_embedding_model,
     parse_arguments,
     save_finished,
     train,
@@ -45,9 +46,7 @@ from rq_hf.training import (
 )
 
 HIDDEN_DIMS = (512, 256, 128)
-# Codebooks that are trained further start as k-means of so many vectors per codeword. As they are moving averages, more
-# vectors would outweigh the batches for long.
-FIRST_VECTORS = 32
+FIRST_VECTORS = 256  # per codeword, that k-means of the new encoder's latents is given
 
 
 @dataclass
@@ -226,7 +225,7 @@ def main() -> None:
     check_unsharded(accelerator)
 
     dataset = data.load()
-    items = range(len(dataset)) if data.item_column is None else read_items(dataset, data.item_column)
+    items = list(range(len(dataset))) if data.item_column is None else read_items(dataset, data.item_column)
     model = args.create_model(len(dataset[0][data.vector_column]))
     check_sizes(model, len(dataset), coding.resolve)
     held_out = data.read_validation()
@@ -234,7 +233,8 @@ def main() -> None:
     if args.encoder:
         rows = np.random.default_rng(run.seed).permutation(len(dataset))
         first = dataset.select(rows[: FIRST_VECTORS * max(model.codebook_sizes)])
-        model.to(accelerator.device).fit(data.read(first).to(accelerator.device))
+        batch_size = run.train_batch_size * accelerator.num_processes
+        initialize_embedding_model(model.to(accelerator.device), data.read(first).to(accelerator.device), batch_size)
         optimizer = run.create_optimizer(model)
         train(
             accelerator,

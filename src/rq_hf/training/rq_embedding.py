@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..argument_checks import check_number
+from ..argument_checks import check_number, check_size
 from ..metrics import codebook_usage, count_codes
 from ..models import RQEmbeddingModel
 from ..semantic_ids import SemanticIds
@@ -21,13 +21,13 @@ class RQEmbeddingLoss:
 
         L = ‖X − X̂‖² / σ² + β · L_commit / (Var Z + sg[L_commit]),    L_commit = 1/D · Σ_d ‖Z − sg[Ẑ⁽ᵈ⁾]‖²
 
-    with means instead of sums, where σ is the model's `scale` and Var Z the variance of the latents in the batch, which
-    has no gradient. Both terms are about 1 or less for vectors and latents of any scale, so that neither swamps the
-    other; the variance of vectors of norm 1 with 768 channels is at most 1/768. L_commit stands in the denominator for
+    with means instead of sums, where σ is the model's `scale` and Var Z the variance of the batch's latents, which has
+    no gradient. Both terms are about 1 or less for vectors and latents of any scale, so that neither swamps the other;
+    the variance of vectors of norm 1 with 768 channels is at most 1/768. L_commit stands in the denominator for
     batches of one vector, whose variance is 0.
 
     Args:
-        model: whose [`RQEmbeddingModel.fit`] has been called; not prepared.
+        model: after [`initialize_embedding_model`]; not prepared.
         commitment_weight (`float`): β.
     """
 
@@ -48,6 +48,22 @@ class RQEmbeddingLoss:
         return LossOutput(reconstruction + self.commitment_weight * commitment, metrics)
 
 
+@torch.no_grad()
+def initialize_embedding_model(model: RQEmbeddingModel, vectors: torch.Tensor, batch_size: int) -> None:
+    """
+    Fits a new model to vectors `(N, input_dim)`, and gives its codebooks the weight of one batch in their moving
+    averages. With the weight of all vectors, they would not follow the encoder for hundreds of steps, and most codewords
+    would lose their vectors. Raises like [`RQEmbeddingModel.fit`].
+
+    Args:
+        batch_size (`int`): vectors that all processes together quantize at once.
+    """
+    check_size("batch_size", batch_size)
+    model.fit(vectors)
+    for average in (model.quantizer.cluster_size, model.quantizer.cluster_sum):
+        average *= batch_size / len(vectors)
+
+
 def usage_metrics(codes: torch.Tensor, sizes: Sequence[int]) -> dict[str, torch.Tensor]:
     """Codebook usage and perplexity of codes `(N, D)` of levels of these sizes: `batch_usage_depth_1`, ..."""
     levels = [codebook_usage(count_codes(codes[:, d : d + 1], size)) for d, size in enumerate(sizes)]
@@ -61,7 +77,7 @@ def usage_metrics(codes: torch.Tensor, sizes: Sequence[int]) -> dict[str, torch.
 def evaluate_semantic_ids(model: RQEmbeddingModel, vectors: torch.Tensor) -> dict[str, float]:
     """Figures of [`SemanticIds.report`] about held-out vectors, by level or from the first d codes:
     `validation/relative_error_depth_1`, ..."""
-    report = SemanticIds.encode(model, range(len(vectors)), vectors).report(vectors)
+    report = SemanticIds.encode(model, list(range(len(vectors))), vectors).report(vectors)
     return {
         f"validation/{name}_depth_{d}": value
         for name in ("relative_error", "usage", "perplexity", "collision_rate")
