@@ -52,8 +52,8 @@ class RQEmbeddingLoss:
 def initialize_embedding_model(model: RQEmbeddingModel, vectors: torch.Tensor, batch_size: int) -> None:
     """
     Fits a new model to vectors `(N, input_dim)`, and gives its codebooks the weight of one batch in their moving
-    averages. With the weight of all vectors, they would not follow the encoder for hundreds of steps, and most codewords
-    would lose their vectors. Raises like [`RQEmbeddingModel.fit`].
+    averages. With the weight of all vectors, they would not follow the encoder for hundreds of steps, and most
+    codewords would lose their vectors. Raises like [`RQEmbeddingModel.fit`].
 
     Args:
         batch_size (`int`): vectors that all processes together quantize at once.
