@@ -1,13 +1,23 @@
+import argparse
 import copy
 import io
 import time
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from rq_hf.untrusted_files import MAX_PICKLE_SIZE, read_state_dict, read_torch_file, read_yaml, shown, shown_first
+from rq_hf.untrusted_files import (
+    MAX_PICKLE_SIZE,
+    StandIn,
+    read_state_dict,
+    read_torch_file,
+    read_yaml,
+    shown,
+    shown_first,
+)
 
 WEIGHTS = {"a": torch.arange(1000.0), "b": torch.ones(3, 5, dtype=torch.float16)}
 
@@ -84,6 +94,35 @@ def test_file_that_is_read(tmp_path, content):
     weights = read_torch_file(tmp_path / "model.pt", "model.pt")["state_dict"]
     assert weights.keys() == WEIGHTS.keys()
     assert all(torch.equal(weights[name], WEIGHTS[name]) for name in weights)
+
+
+class Executes:
+    def __reduce__(self):
+        return exec, ("import pathlib; pathlib.Path('trace').touch()",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_stand_ins_for_python_objects(tmp_path, monkeypatch, protocol):
+    monkeypatch.chdir(tmp_path)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.SiLU())
+    contents = {"weights": WEIGHTS, "module": module, "args": argparse.Namespace(bn=False), "evil": Executes()}
+    torch.save(contents, "model.pt", pickle_protocol=protocol)
+    found = read_torch_file("model.pt", "model.pt", stand_ins=True)
+    assert all(torch.equal(found["weights"][name], WEIGHTS[name]) for name in WEIGHTS)
+    assert found["args"].bn is False
+    linear, activation = found["module"]._modules.values()
+    assert torch.equal(linear._parameters["weight"], module[0].weight)
+    assert all(isinstance(value, StandIn) for value in (found["args"], linear, activation, found["evil"]))
+    assert (type(activation).__name__, type(found["evil"]).__name__) == ("SiLU", "exec")
+    assert not Path("trace").exists()
+
+
+@pytest.mark.parametrize("name", ["truncated", "deflated", "large pickle", "script"])
+def test_stand_ins_do_not_make_broken_files_readable(tmp_path, name):
+    content, match = REFUSED[name]
+    (tmp_path / "model.pt").write_bytes(content())
+    with pytest.raises(ValueError, match=f"^the checkpoint .*{match}"):
+        read_torch_file(tmp_path / "model.pt", "the checkpoint", stand_ins=True)
 
 
 def test_state_dict_may_be_all_of_the_file(tmp_path):

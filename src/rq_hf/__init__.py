@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ._registration import register
-from .convert import convert_mar_checkpoint, convert_original_checkpoint
+from .convert import convert_embedding_checkpoint, convert_mar_checkpoint, convert_original_checkpoint
 from .models import (
     PRESETS,
     MARHeadConfig,
@@ -54,6 +54,7 @@ __all__ = [
     "ResidualQuantizer",
     "SemanticIdReport",
     "SemanticIds",
+    "convert_embedding_checkpoint",
     "convert_mar_checkpoint",
     "convert_original_checkpoint",
 ]

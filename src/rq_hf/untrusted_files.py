@@ -10,6 +10,7 @@ import re
 import reprlib
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,11 @@ import yaml
 MAX_YAML_SIZE = 100_000  # bytes, read in about 1 s; the authors' files have 3,000
 MAX_PICKLE_SIZE = 2**24  # bytes of names and shapes in a .pt file: about 100,000 weights
 LEGACY_START = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+TENSOR_PARTS = {  # what tensors in files of torch.save are made by
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+}
 
 
 def shown(value) -> str:
@@ -58,11 +64,28 @@ def check_contents_are_there(path: str | Path, label: str) -> None:
         raise ValueError(f"{label} is a web page, such as a log-in or error page; download the file itself")
 
 
-def read_torch_file(path: str | Path, label: str, classes: Sequence[type] = ()):
+class StandIn:
+    """Stands for a Python object in a file: it has the name of its class and its attributes, but no code."""
+
+    def __new__(cls, *arguments, **named):
+        return super().__new__(cls)
+
+
+class StandInPickle:
+    """For `torch.load`: makes tensors and plain values, and a [`StandIn`] of everything else. Unlike the one of
+    `weights_only=True`, which takes protocol 2 alone, it reads pickles of every protocol."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            return TENSOR_PARTS.get((module, name)) or type(name, (StandIn,), {})
+
+
+def read_torch_file(path: str | Path, label: str, classes: Sequence[type] = (), stand_ins: bool = False):
     """The contents of a file of `torch.save`, with its tensors memory-mapped. No code in the file is executed.
 
     Besides tensors and plain values it may hold objects of `classes`, which are created and filled by PyTorch, so
-    that only classes whose creation is harmless may be named.
+    that only classes whose creation is harmless may be named; with `stand_ins` instead, any objects, for each of which
+    a [`StandIn`] is made.
 
     The file is read through once, to compare its checksums. Raises `ValueError`, which calls the file `label`, for
     anything that PyTorch would not map as it was saved: damaged or compressed entries, another byte order, files of
@@ -77,6 +100,9 @@ def read_torch_file(path: str | Path, label: str, classes: Sequence[type] = ()):
             )
     try:
         check_zip_entries(path)
+        if stand_ins:
+            options = {"weights_only": False, "pickle_module": StandInPickle}
+            return torch.load(path, map_location="cpu", mmap=True, **options)
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

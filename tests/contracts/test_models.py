@@ -71,7 +71,7 @@ def uses_of_embedding(model, inputs):
     codes = model.encode(vectors)
     return [
         *(codes, model.encode(vectors, beam_size=2), model.encode(vectors, balanced=True)),
-        *(model.decode(codes), model.decode(codes, depth=1)),
+        *(model.decode(codes), model.decode(codes, depth=1), model.to_latents(vectors)),
         *model(vectors, return_dict=False),
     ]
 

@@ -1,7 +1,9 @@
 """
 Converts checkpoints of kakaobrain/rq-vae-transformer, the code of "Autoregressive Image Generation using Residual
 Quantization" (CVPR 2022), into a folder for RQPipeline.from_pretrained; and those of LTH14/mar, the code of
-"Autoregressive Image Generation without Vector Quantization" (NeurIPS 2024), into one for MARPipeline.from_pretrained.
+"Autoregressive Image Generation without Vector Quantization" (NeurIPS 2024), into one for MARPipeline.from_pretrained;
+and semantic-ID models of OpenOneRec, LC-Rec, LETTER, MiniOneRec and RQ-VAE-Recommender, into
+one for RQEmbeddingModel.from_pretrained.
 """
 
 import argparse
@@ -11,11 +13,15 @@ from pathlib import Path
 
 from .card import sizes, summary
 from .conversion import convert_checkpoints
+from .embedding import ACTIVATIONS, convert_embedding, embedding_sizes, is_embedding_checkpoint
 from .mar import LAYER_NORM_EPS, SCALING_FACTOR, convert_mar_checkpoints
 from .mar_card import mar_sizes
 
-RQ_OPTIONS = ("rqvae", "rqtransformer", "tokenizer")
-MAR_OPTIONS = ("vae", "heads", "patch_size", "grid_size", "layer_norm_eps", "scaling_factor")
+OPTIONS = {
+    "an RQ model": ("ema", "rqvae", "rqtransformer", "tokenizer"),
+    "a MAR model": ("ema", "vae", "heads", "patch_size", "grid_size", "layer_norm_eps", "scaling_factor"),
+    "a semantic-ID model": ("activation", "codebook_normalize"),
+}
 EPILOG = """\
 examples:
   %(prog)s imagenet_1.4B.tar.gz models/imagenet-1.4b
@@ -24,11 +30,13 @@ examples:
   %(prog)s models/rqvae --rqvae stage1/model.pt
   %(prog)s mar_base/checkpoint-last.pth models/mar-base --vae kl16.ckpt
   %(prog)s models/kl16 --vae kl16.ckpt
+  %(prog)s best_collision_model.pth models/games-ids
+  %(prog)s model.safetensors models/beauty-ids --activation silu
 
 files:
   SOURCE            of an RQ model, a tar archive as released, or a folder with config.yaml and one .pt file per stage,
                     such as stage1/{model.pt,config.yaml} and stage2/{model.pt,config.yaml}; of a MAR model, the .pth
-                    file, whose name tells the two methods apart
+                    file; of a semantic-ID model, the file, which the names of its weights tell apart
   DESTINATION       model_index.json, vae/, transformer/ (safetensors of at most 2 GB), scheduler/, tokenizer/ and a
                     model card, README.md; for one part alone, its config.json and weights. A new folder appears only
                     when it is complete. An existing one must be empty; what is unfinished lies in .rq_hf-... there.
@@ -37,11 +45,11 @@ files:
 
 Disk: an archive is unpacked in DESTINATION, or beside it if it is new, and removed afterwards.
 Memory: at most the checkpoint plus 2 GB. Every weight and checksum is looked at once before anything is written.
-Only tensors are read from .pt, .pth and .ckpt files, and the options of the authors' training script. No code in them
+Only tensors are read from .pt, .pth and .ckpt files, and the options of the authors' training scripts. No code in them
 is executed, and archives cannot write outside their folder.
 
 The RQ weights that the authors released are under CC BY-NC-SA 4.0: no commercial use. The authors of MAR link theirs
-from a repository under the MIT licence.
+from a repository under the MIT licence. Semantic-ID models are their authors'.
 """
 
 
@@ -81,21 +89,41 @@ def main(arguments: list[str] | None = None, prog: str = "python -m rq_hf.conver
         metavar="S",
         help="what latents are multiplied by (%(default)s)",
     )
+    embedding = parser.add_argument_group("Semantic-ID models", "See rq_hf.convert_embedding_checkpoint.")
+    embedding.add_argument(
+        "--activation",
+        choices=ACTIVATIONS.values(),
+        help="of RQ-VAE-Recommender: silu until 27 March 2026, relu since",
+    )
+    embedding.add_argument(
+        "--codebook-normalize",
+        action=argparse.BooleanOptionalAction,
+        help="of RQ-VAE-Recommender, as its training says",
+    )
     arguments = vars(parser.parse_intermixed_args(arguments))
-    source, destination, ema = (arguments[name] for name in ("source", "destination", "ema"))
-    is_mar = arguments["vae"] is not None or source is not None and source.suffix == ".pth"
-    for name in RQ_OPTIONS if is_mar else MAR_OPTIONS:
-        if arguments[name] != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is not an option of {'a MAR' if is_mar else 'an RQ'} model")
+    source, destination = arguments["source"], arguments["destination"]
+    if source is not None and source.is_file() and is_embedding_checkpoint(source):
+        kind = "a semantic-ID model"
+    elif arguments["vae"] is not None or source is not None and source.suffix == ".pth":
+        kind = "a MAR model"
+    else:
+        kind = "an RQ model"
+    options = {name: arguments.pop(name) for name in OPTIONS[kind]}
+    for name, value in arguments.items():
+        if name not in ("source", "destination") and value != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not an option of {kind}")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if is_mar:
-            options = {name: arguments[name] for name in MAR_OPTIONS}
-            model, *files = convert_mar_checkpoints(source, destination, ema=ema is not False, **options)
+        if kind == "a semantic-ID model":
+            model, *files = convert_embedding(source, destination, **options)
+            print(summary(embedding_sizes(model), *files))
+        elif kind == "a MAR model":
+            options["ema"] = options["ema"] is not False
+            model, *files = convert_mar_checkpoints(source, destination, **options)
             print(summary(mar_sizes(model), *files))
         else:
-            options = {name: arguments[name] for name in RQ_OPTIONS}
-            model, *files = convert_checkpoints(source, destination, ema=bool(ema), **options)
+            options["ema"] = bool(options["ema"])
+            model, *files = convert_checkpoints(source, destination, **options)
             print(summary(sizes(model), *files))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

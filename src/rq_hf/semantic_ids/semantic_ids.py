@@ -323,8 +323,7 @@ class SemanticIds(HubMixin):
         codebooks = [self.model.quantizer.codebook_at(d).double().cpu().numpy() for d in range(len(self.sizes))]
         free_ids = FreeIds(self._tree, codebooks)
         for chunk in rows.split(CHUNK) if len(rows) else ():
-            standardised = (vectors[chunk].to(self.model.device, torch.float64) - self.model.mean) / self.model.scale
-            latents = self.model.encoder(standardised)  # in float64, as for the codes
+            latents = self.model.to_latents(vectors[chunk].to(self.model.device, torch.float64))  # as for the codes
             for row, latent in zip(chunk, latents.cpu().numpy()):
                 codes[row] = torch.tensor(free_ids.take_nearest(tuple(codes[row].tolist()), latent))
         return codes

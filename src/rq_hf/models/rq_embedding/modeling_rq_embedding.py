@@ -82,6 +82,8 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         activation (`str`): between the layers: `"relu"` or `"silu"`.
         ema_decay (`float`, or one per level): decay of the moving averages that train the codebooks.
         restart_unused_codes (`bool`): restart dead codewords at latents of the batch.
+        normalize_latents (`bool`): scale latents to unit length before they are quantized.
+        normalize_output (`bool`): scale reconstructed vectors to unit length.
 
     Raises:
         `ValueError` or `TypeError` for sizes that are no integers of at least 1, and for other invalid arguments.
@@ -103,6 +105,8 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         activation: str = "relu",
         ema_decay: float | tuple[float, ...] = 0.99,
         restart_unused_codes: bool = True,
+        normalize_latents: bool = False,
+        normalize_output: bool = False,
     ):
         super().__init__()
         check_size("input_dim", input_dim)
@@ -115,6 +119,8 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         if not hidden_dims and latent_dim != input_dim:
             raise ValueError(f"without hidden_dims, latent_dim must be input_dim, got {latent_dim} and {input_dim}")
         check_choice("activation", activation, list(ACTIVATIONS))
+        check_bool("normalize_latents", normalize_latents)
+        check_bool("normalize_output", normalize_output)
         config = {name: as_plain(value) for name, value in self.config.items() if name[0] != "_"}
         self.register_to_config(**config | {"latent_dim": latent_dim})
         widths = (input_dim, *hidden_dims, latent_dim) if hidden_dims else ()
@@ -145,6 +151,13 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
     def codebook_sizes(self) -> tuple[int, ...]:
         """K of every level."""
         return self.quantizer.codebook_sizes
+
+    @onload_weights
+    def to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors `(N, input_dim)` -> what is quantized: the encoder's output `(N, C)` on standardised vectors, in
+        float64 for vectors of float64. Raises like [`encode`]."""
+        check_vectors(vectors, self.config.input_dim)
+        return self._to_latents(vectors)
 
     @onload_weights
     @torch.no_grad()
@@ -227,10 +240,12 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
 
     def _to_latents(self, vectors: torch.Tensor) -> torch.Tensor:
         dtype = torch.float64 if vectors.dtype == torch.float64 else self.dtype
-        return self.encoder(((vectors - self.mean) / self.scale).to(dtype))
+        latents = self.encoder(((vectors - self.mean) / self.scale).to(dtype))
+        return F.normalize(latents, dim=-1) if self.config.normalize_latents else latents
 
     def _reconstruct(self, quantized: torch.Tensor) -> torch.Tensor:
-        return self.decoder(quantized.to(self.dtype)) * self.scale + self.mean
+        vectors = self.decoder(quantized.to(self.dtype)) * self.scale + self.mean
+        return F.normalize(vectors, dim=-1) if self.config.normalize_output else vectors
 
     save_pretrained = with_card(with_code(unless_on_disk(ModelMixin.save_pretrained)))
     loaders = {}  # with one, AutoModel of diffusers would ask everyone for trust_remote_code
