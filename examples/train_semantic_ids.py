@@ -98,10 +98,16 @@ class VectorArguments:
     def read(self, dataset: datasets.Dataset) -> torch.Tensor:
         return read_vectors(dataset, self.vector_column)
 
-    def read_validation(self) -> torch.Tensor | None:
+    def read_validation(self, channels: int) -> torch.Tensor | None:
+        """Raises `ValueError` for vectors of other `channels`."""
         if self.validation_files is None:
             return None
-        return self.read(load_vector_dataset(data_files=self.validation_files, vector_column=self.vector_column))
+        vectors = self.read(load_vector_dataset(data_files=self.validation_files, vector_column=self.vector_column))
+        if vectors.shape[1] != channels:
+            raise ValueError(
+                f"--validation_files must have vectors of {channels} numbers like the data, got {vectors.shape[1]}"
+            )
+        return vectors
 
     def create_stream(self, accelerator: Accelerator, dataset: datasets.Dataset, run: RunArguments) -> TrainingStream:
         """This rank's share of the vectors."""
@@ -228,12 +234,12 @@ def main() -> None:
     items = list(range(len(dataset))) if data.item_column is None else read_items(dataset, data.item_column)
     model = args.create_model(len(dataset[0][data.vector_column]))
     check_sizes(model, len(dataset), coding.resolve)
-    held_out = data.read_validation()
+    held_out = data.read_validation(model.config.input_dim)
 
     if args.encoder:
         rows = np.random.default_rng(run.seed).permutation(len(dataset))
         first = dataset.select(rows[: FIRST_VECTORS * max(model.codebook_sizes)])
-        batch_size = run.train_batch_size * accelerator.num_processes
+        batch_size = min(run.train_batch_size * accelerator.num_processes, len(dataset))
         initialize_embedding_model(model.to(accelerator.device), data.read(first).to(accelerator.device), batch_size)
         optimizer = run.create_optimizer(model)
         train(
@@ -261,7 +267,7 @@ def main() -> None:
         report = encoded.report(vectors)
         ids, damage = encoded.resolve(coding.resolve, vectors)
         summary = f"{report}\n\n{describe_damage(damage)}"
-        print(summary)
+        accelerator.print(summary)
         sections = training_sections(accelerator, configuration, dataset, "feature-extraction")
         sections["details"] = f"## Codes of the model\n\n{summary}\n\n{sections['details']}"
         card = ids.card(run.upload_to or str(destination), **sections)

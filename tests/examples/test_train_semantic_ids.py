@@ -149,6 +149,12 @@ def test_two_processes_end_with_the_same_model_and_its_ids(command, tmp_path):
     assert torch.equal(ids.model.quantizer.codebook, ours["quantizer.codebook"])
 
 
+def test_bfloat16_trains_float32_weights(command, tmp_path):
+    finish(SCRIPT, command(tmp_path / "run", "--mixed_precision", "bf16", "--ema_decay", 0.9))
+    weights = load(tmp_path / "run").model.state_dict().values()
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_without_an_encoder_it_is_residual_k_means(command, table, tmp_path, world_size):
     arguments = command(tmp_path / "run", "--no_encoder", "--data_files", table, "--resolve", "keep")
@@ -208,6 +214,13 @@ def test_wrong_options_stop_the_run_before_it_trains(options, message, command, 
     outcome = start(SCRIPT, command(tmp_path / "run", *options))
     assert outcome.code
     assert message in outcome.output
+    assert not logged(tmp_path / "run")
+
+
+def test_held_out_vectors_have_the_same_channels(command, tmp_path):
+    file = write_table(tmp_path / "other.parquet", numbers()[:, :4], NAMES)
+    outcome = start(SCRIPT, command(tmp_path / "run", "--validation_files", file))
+    assert "--validation_files must have vectors of 6 numbers like the data, got 4" in outcome.output
     assert not logged(tmp_path / "run")
 
 
