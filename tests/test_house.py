@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "semantic_ids": GROUND | {"models"},
     "data": GROUND | {"models"},
     "evaluation": GROUND | {"models", "pipelines", "data", "metrics"},
-    "training": GROUND | {"models", "pipelines", "data", "metrics"},
+    "training": GROUND | {"models", "pipelines", "data", "metrics", "semantic_ids"},
     "convert": GROUND | {"models", "pipelines"},
     "_registration": {"models", "pipelines", "convert"},
     "__init__": {"models", "pipelines", "semantic_ids", "convert", "_registration"},

@@ -11,11 +11,13 @@ from .latents import (
 )
 from .loading import find_class_names, find_features, load_image_dataset, prepare_images
 from .stream import TrainingStream
+from .vectors import VectorCollator, load_vector_dataset, read_items, read_vectors
 
 __all__ = [
     "ImageCollator",
     "LatentCollator",
     "TrainingStream",
+    "VectorCollator",
     "bytes_to_latents",
     "caption_of",
     "decode_image",
@@ -27,7 +29,10 @@ __all__ = [
     "latents_to_bytes",
     "load_image_dataset",
     "load_latents",
+    "load_vector_dataset",
     "prepare_images",
+    "read_items",
+    "read_vectors",
     "stored_dtype",
     "stored_shape",
     "write_description",

@@ -45,18 +45,24 @@ def load_image_dataset(
         `ValueError`: neither or both of `dataset_name` and `data_files`, files of an unknown kind, a pattern without a
         match, a missing column, or an `image_column` of URLs or of anything else but images.
     """
+    dataset = open_dataset(dataset_name, dataset_config, data_files, split, streaming)
+    check_columns(dataset, (image_column, *required_columns))
+    files = [] if data_files is None else find_files(data_files)
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    return prepare_images(dataset, image_column, folders.pop() if len(folders) == 1 else None)
+
+
+def open_dataset(
+    dataset_name: str | None, dataset_config: str | None, data_files: str | None, split: str, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A data set as it is; see [`load_image_dataset`]. Raises `ValueError` for neither or both of `dataset_name` and
+    `data_files`, files of an unknown kind, and a pattern without a match."""
     if (dataset_name is None) == (data_files is None):
         raise ValueError(f"expected either dataset_name or data_files, got {dataset_name!r} and {data_files!r}")
-    if data_files is not None:
-        check_instance("data_files", data_files, str)
-        files = find_files(data_files)
-        dataset = load_files(files, split, streaming)
-        folders = {os.path.dirname(os.path.abspath(file)) for file in files}
-    else:
-        dataset = datasets.load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
-        folders = set()
-    check_columns(dataset, (image_column, *required_columns))
-    return prepare_images(dataset, image_column, folders.pop() if len(folders) == 1 else None)
+    if data_files is None:
+        return datasets.load_dataset(dataset_name, dataset_config, split=split, streaming=streaming)
+    check_instance("data_files", data_files, str)
+    return load_files(find_files(data_files), split, streaming)
 
 
 def find_files(pattern: str) -> list[str]:

@@ -35,6 +35,7 @@ from .loop import LossOutput, TrainingHook, create_accelerator, create_optimizer
 from .mar import MARLoss, create_mar_transformer, load_mar_transformer
 from .pipelines import save_pipeline, train_pipeline
 from .reconstruction import check_unsharded, first_pixels
+from .rq_embedding import RQEmbeddingLoss, evaluate_semantic_ids, initialize_embedding_model
 from .rq_transformer import RQTransformerLoss, create_transformer, load_transformer
 from .rq_vae import RQVAELoss, evaluate_reconstructions, initialize_codebook, reconstruction_grid
 from .soft_labels import choose_soft_label_temperature, effective_codewords
@@ -62,6 +63,7 @@ __all__ = [
     "LossArguments",
     "LossOutput",
     "PatchDiscriminator",
+    "RQEmbeddingLoss",
     "RQTransformerLoss",
     "RQVAELoss",
     "RunArguments",
@@ -81,9 +83,11 @@ __all__ = [
     "effective_codewords",
     "evaluate_autoencoder_kl",
     "evaluate_reconstructions",
+    "evaluate_semantic_ids",
     "first_pixels",
     "flat_configuration",
     "initialize_codebook",
+    "initialize_embedding_model",
     "load_transformer",
     "log_images",
     "parse_arguments",

@@ -49,7 +49,7 @@ MAY_CHANGE = (
     "preset",  # as the options that it sets are the same
     # Of the scripts.
     *("validation_split", "validation_files", "validation_images", "validation_prompts", "num_samples"),
-    "scaling_factor_images",
+    *("scaling_factor_images", "beam_size", "balanced", "resolve"),
 )
 # Also changeable, where it does not change which examples are read.
 MAY_CHANGE_UNLESS_STREAMING = ("dataloader_num_workers",)

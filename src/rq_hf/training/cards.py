@@ -19,7 +19,7 @@ from .checkpoints import save_finished
 SAMPLES_FILE = "samples.png"
 RECONSTRUCTIONS_FILE = "reconstructions.png"
 VALIDATION = "validation/"
-COLUMNS = ("image_column", "text_column", "label_column")
+COLUMNS = ("image_column", "text_column", "label_column", "vector_column", "item_column")
 
 Dataset = datasets.Dataset | datasets.IterableDataset
 
@@ -51,6 +51,7 @@ def training_sections(accelerator: Accelerator, configuration: dict, dataset: Da
     if validation:
         source, split = validation_source(given)
         step = validation.pop("step")
+        count = {"n": int(given["validation_images"])} if "validation_images" in given else {}
         details.append(f"On {source} ({split}), after step {step:,}:\n\n{table(validation)}")
         metadata["model_name"] = Path(given["output_dir"]).name
         metadata["eval_results"] = [
@@ -62,7 +63,7 @@ def training_sections(accelerator: Accelerator, configuration: dict, dataset: Da
                 metric_type=name.rpartition("/")[2],
                 metric_name=name,
                 metric_value=value,
-                metric_args={"n": int(given["validation_images"]), "step": step},
+                metric_args={**count, "step": step},
             )
             for name, value in validation.items()
         ]
@@ -93,7 +94,7 @@ def save_autoencoder(
         f"![Reconstructions]({RECONSTRUCTIONS_FILE})\n\n*Images, and what this model makes of them.*"
     )
     text = card(upload_to or str(destination), **sections)
-    save_finished(accelerator, autoencoder, destination, text, upload_to, {RECONSTRUCTIONS_FILE: reconstructions})
+    save_finished(accelerator, autoencoder, destination, text, upload_to, {RECONSTRUCTIONS_FILE: reconstructions.save})
 
 
 def describe_data(given: dict, dataset: Dataset) -> str:
@@ -107,7 +108,8 @@ def describe_data(given: dict, dataset: Dataset) -> str:
     else:
         text = f"The files `{given['data_files']}`"
     columns = [f"{name.replace('_', ' ')} `{given[name]}`" for name in COLUMNS if name in given]
-    count = "" if isinstance(dataset, datasets.IterableDataset) else f", {len(dataset):,} images"
+    examples = "vectors" if "vector_column" in given else "images"
+    count = "" if isinstance(dataset, datasets.IterableDataset) else f", {len(dataset):,} {examples}"
     return text + count + "".join(f"; {text}" for text in columns) + "."
 
 

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from huggingface_hub import upload_folder
-from PIL import Image
 
 from ..files import atomic_folder, replace_folder
 from ..model_cards import CARD_FILE, first_line, open_repository
@@ -246,7 +245,7 @@ def save_finished(
     destination: Path,
     card: str,
     upload_to: str | None = None,
-    images: dict[str, Image.Image] | None = None,
+    files: dict[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """
     Saves a model or pipeline with its card, and says where; a folder that was there before stays as `previous-…`.
@@ -254,15 +253,15 @@ def save_finished(
     Args:
         model: with `save_pretrained`; used on the main process only.
         upload_to: repository on the Hub, `user/name`, to upload it to as well; see [`create_repository`].
-        images: further files of the folder, by name, which the card shows.
+        files: what writes further files of the folder, by name.
 
     Raises `ConnectionError` when the upload fails; the model is saved then.
     """
     if accelerator.is_main_process:
         with atomic_folder(destination) as folder:
             model.save_pretrained(folder)
-            for name, image in (images or {}).items():
-                image.save(folder / name)
+            for name, write in (files or {}).items():
+                write(folder / name)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
         accelerator.print(f"saved {destination}")
         if upload_to is not None:

@@ -186,6 +186,7 @@ def train(
     evaluate: Callable[[int], dict[str, float] | None] | None = None,
     units_per_image: dict[str, int] | None = None,
     peak_flops: float | None = None,
+    examples: str = "images",
     configuration: dict | None = None,
 ) -> dict[str, torch.Tensor]:
     """
@@ -204,7 +205,7 @@ def train(
         logging_steps: log every N steps.
         evaluate: step -> metrics to log, or `None`; called on all ranks every `evaluation_steps` steps (0 for never)
             and at the end, with the averaged weights in eval mode. The random state is restored afterwards.
-        units_per_image, peak_flops: see [`Meter`].
+        units_per_image, peak_flops, examples: see [`Meter`].
         configuration: of the run, for the trackers and [`Checkpoints.saved_configuration`].
 
     Returns:
@@ -242,7 +243,7 @@ def train(
     progress = tqdm(
         total=max_train_steps, initial=step, desc="training", disable=not accelerator.is_local_main_process
     )
-    meter = Meter(accelerator, units_per_image, peak_flops)
+    meter = Meter(accelerator, units_per_image, peak_flops, examples)
     with StopSignals(announced=accelerator.is_main_process) as signals:
         batches = iter(stream)
         model.train()
@@ -286,7 +287,8 @@ def train(
                 means["learning_rate"] = scheduler.get_last_lr()[0]
                 means["epoch"] = stream.epoch
                 accelerator.log(means, step=step)
-                progress.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{means['images_per_second']:.1f}")
+                speed = {f"{examples}_per_s": f"{means[f'{examples}_per_second']:.1f}"}
+                progress.set_postfix(loss=f"{means['loss']:.4f}", **speed)
             is_evaluated = evaluation_steps and (step % evaluation_steps == 0 or is_last)
             if evaluate is not None and is_evaluated and not stop_signal:
                 with evaluation_mode(unprepared, ema):

@@ -186,7 +186,7 @@ def save_pipeline(
     if samples is not None:
         call = sample_call(samples)
         try:
-            files[SAMPLES_FILE] = sample_grid(accelerator, pipeline, samples)
+            files[SAMPLES_FILE] = sample_grid(accelerator, pipeline, samples).save
             sections["introduction"] = f"![Samples]({SAMPLES_FILE})\n\n*Samples of this model, by the code below.*"
         except ValueError as error:  # a model that was hardly trained; it is saved nevertheless
             logger.warning(f"the model card has no samples: {error}", main_process_only=True)

@@ -69,12 +69,18 @@ class Meter:
     Args:
         units_per_image: what else to report per second, such as `{"codes": 256}` for `codes_per_second`.
         peak_flops: peak of one device in the arithmetic used, in FLOP/s.
+        examples: what the log calls the examples.
     """
 
     def __init__(
-        self, accelerator: Accelerator, units_per_image: dict[str, int] | None = None, peak_flops: float | None = None
+        self,
+        accelerator: Accelerator,
+        units_per_image: dict[str, int] | None = None,
+        peak_flops: float | None = None,
+        examples: str = "images",
     ):
         self.accelerator = accelerator
+        self.examples = examples
         self.units_per_image = units_per_image or {}
         self.peak_flops = peak_flops
         self.flops_per_image = None
@@ -115,9 +121,9 @@ class Meter:
         means = {name: torch.stack(v).float().mean() for name, v in self.values.items()}
         result = {name: mean.item() for name, mean in self.accelerator.reduce(means, "mean").items()}
         images_per_second = self.images / self.seconds  # of this process
-        result["images_per_second"] = images_per_second * self.accelerator.num_processes
-        for unit, per_image in self.units_per_image.items():
-            result[f"{unit}_per_second"] = result["images_per_second"] * per_image
+        total_per_second = images_per_second * self.accelerator.num_processes
+        for unit, per_image in {self.examples: 1, **self.units_per_image}.items():
+            result[f"{unit}_per_second"] = total_per_second * per_image
         if self.flops_per_image is not None:
             result["mfu"] = images_per_second * self.flops_per_image / self.peak_flops
         result |= self._total_counts()

@@ -275,7 +275,10 @@ def mlp(widths: Sequence[int], activation: str) -> nn.Module:
         return nn.Identity()
     layers = []
     for width, following in pairwise(widths):
-        layers += [Linear(width, following), ACTIVATIONS[activation]()]
+        linear = Linear(width, following)
+        nn.init.xavier_normal_(linear.weight)  # that of nn.Linear would shrink the latents to hundredths
+        nn.init.zeros_(linear.bias)
+        layers += [linear, ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
