@@ -25,7 +25,17 @@ from processes import run
 
 import rq_hf
 
-SLOW = ("README", "browser", "data", "first-training", "mar", "rate-distortion", "sampling", "training")
+SLOW = (
+    "README",
+    "browser",
+    "data",
+    "first-training",
+    "mar",
+    "rate-distortion",
+    "sampling",
+    "semantic-ids",
+    "training",
+)
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
