@@ -1,6 +1,7 @@
 """The calls to try: the public API on tiny models."""
 
 import functools
+from collections.abc import Sequence
 
 import diffusers
 import numpy as np
@@ -105,6 +106,11 @@ def examples(**changes):
     return [dict(example) | changes for example in shapes()]
 
 
+def semantic_ids():
+    """Of two items with one ID."""
+    return rq_hf.SemanticIds(shared(tiny.tiny_embedding), ["a", "b"], torch.zeros(2, 3, dtype=torch.long))
+
+
 def generation_config(**settings):
     return GenerationConfig(**settings)
 
@@ -121,6 +127,8 @@ NAMES |= vars(tiny) | {
     "examples": examples,
     "GenerationConfig": generation_config,
     "vae": lambda: shared(tiny.tiny_vae),
+    "embedding": lambda: shared(tiny.tiny_embedding),
+    "semantic_ids": semantic_ids,
     "kl": lambda: shared(tiny.tiny_kl),
     "continuous_latents": continuous_latents,
     "transformer": lambda kind: shared(tiny.tiny_transformer, kind),
@@ -267,7 +275,9 @@ QUANTIZER = [
         "rq_hf.ResidualQuantizer",
         {"codebook_size": "12", "codebook_dim": "6", "depth": "4"},
         {
-            "codebook_size": integer(1, is_bounded=False),
+            "codebook_size": one_or_several(
+                integer(1, is_bounded=False), 1, "(12,); [12]; (12, 12); [0]; np.array([12])"
+            ),
             "codebook_dim": integer(1),
             "depth": integer(1),
             "shared_codebook": flag,
@@ -288,6 +298,18 @@ QUANTIZER = [
         {"z": "vectors"},
     ),
     Target(
+        "vae().quantizer.encode",
+        {"z": "torch.randn(2, 3, 6)"},
+        {"z": any_vectors, "beam_size": integer(1)},
+        {"z": "vectors"},
+    ),
+    Target(
+        "vae().quantizer.balanced_codes",
+        {"residuals": "torch.randn(5, 6)"},
+        {"residuals": any_vectors},
+        {"residuals": "vectors"},
+    ),
+    Target(
         "vae().quantizer.get_soft_codes",
         {"z": "torch.randn(2, 3, 6)"},
         {"z": any_vectors, "temperature": positive, "stochastic": flag, "generator": generator},
@@ -304,6 +326,83 @@ QUANTIZER = [
             ),
             "iterations": integer(0),
         },
+    ),
+]
+
+
+embedding_vectors = tensor(lambda x: x.ndim == 2 and x.shape[1] == 14 and len(x) > 0 and bool(x.isfinite().all()))
+embedding_codes = tensor(
+    lambda x: (
+        x.ndim == 2
+        and len(x) > 0
+        and 0 < x.shape[1] <= 3
+        and bool(((x >= 0) & (x < torch.tensor([5, K, 7])[: x.shape[1]])).all())
+    ),
+    True,
+)
+prefix = anything(
+    "[]; [0]; (0, 0); [7]; [0, 0, 0]; [0] * 4; torch.tensor([0]); [0.0]; 0; '0'",
+    lambda value: isinstance(value, Sequence | np.ndarray | torch.Tensor) and [*value] in ([], [0], [0, 0], [0, 0, 0]),
+)
+templates = anything(
+    "'<a_{}>'; 'x'; ['<{}>', '[{}]', '({})']; ['{}'] * 3; ['{}']; '{}'; 'aa{}'; 3; []",
+    lambda value: value in ("<a_{}>", ["<{}>", "[{}]", "({})"]),
+)
+
+EMBEDDING = [
+    Target(
+        "rq_hf.RQEmbeddingModel",
+        {"input_dim": "14", "hidden_dims": "(8,)", "codebook_size": "5"},
+        {
+            "input_dim": integer(1),
+            "hidden_dims": several(integer(1), values="(8,); [8, 4]; (0,); 8; (8.0,); ('8',); np.array([8])"),
+            "latent_dim": optional(integer(1)),
+            "codebook_size": one_or_several(integer(1), 3, "(4, 5, 6); [4, 4]; np.array([4, 5, 6]); (4, 0, 4)"),
+            "depth": integer(1),
+            "activation": one_of("relu", "silu"),
+            "ema_decay": one_or_several(share, 3, "[0.5] * 3; [0.5] * 2; 1.0"),
+            "restart_unused_codes": flag,
+            "normalize_latents": flag,
+            "normalize_output": flag,
+        },
+        probe=lambda model: model(torch.randn(4, model.config.input_dim), return_dict=False),
+    ),
+    Target(
+        "tiny_embedding().fit",
+        {"vectors": "tiny_vectors(20)", "iterations": "2"},
+        {"vectors": restricted(embedding_vectors, lambda x: len(x) >= K), "iterations": integer(0)},
+        probe=lambda model: model.codebook_sizes,
+    ),
+    Target(
+        "embedding().encode",
+        {"vectors": "tiny_vectors(20)"},
+        {"vectors": embedding_vectors, "beam_size": integer(1), "balanced": flag},
+    ),
+    Target(
+        "embedding()",
+        {"vectors": "tiny_vectors(20)"},
+        {"vectors": embedding_vectors},
+        probe=lambda output: output.codes,
+    ),
+    Target(
+        "embedding().decode",
+        {"codes": "torch.zeros(2, 3, dtype=torch.long)", "depth": "None"},
+        {"codes": embedding_codes, "depth": optional(integer(1, 3))},
+    ),
+    Target("semantic_ids().allowed_next", {"prefix": "[]"}, {"prefix": prefix}, {"prefix": "codes"}),
+    Target(
+        "semantic_ids().resolve",
+        {"method": "'next_nearest'", "vectors": "torch.ones(2, 14)"},
+        {
+            "method": one_of("suffix", "next_nearest", "keep"),
+            "vectors": restricted(embedding_vectors, lambda x: len(x) == 2),
+        },
+        probe=lambda resolved: resolved[0].codes,
+    ),
+    Target(
+        "semantic_ids().tokens",
+        {},
+        {"template": templates},
     ),
 ]
 
@@ -1690,6 +1789,7 @@ TRAINING = [
 TARGETS = [
     *QUANTIZER,
     *VAE,
+    *EMBEDDING,
     *CONFIGS,
     *TRANSFORMER,
     *PIPELINE,

@@ -31,6 +31,7 @@ from ..argument_checks import (
     check_items,
     check_range,
     check_source,
+    check_values,
     is_integer,
 )
 from ..model_cards import HubMixin, model_card, quoted, with_card
@@ -337,6 +338,7 @@ class SemanticIds(HubMixin):
 
     def _check_vectors(self, vectors: torch.Tensor) -> None:
         check_floating("vectors", vectors, len(self), self.model.config.input_dim)
+        check_values("vectors", vectors)
         check_finite("vectors", vectors)
 
     @with_card

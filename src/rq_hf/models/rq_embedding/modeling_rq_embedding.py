@@ -27,6 +27,7 @@ from ...argument_checks import (
     check_integer,
     check_items,
     check_size,
+    check_values,
 )
 from ...model_cards import RQ_CITATION, HubMixin, model_card, quoted, with_card
 from ..offloading import check_not_offloaded, onload_weights, unless_on_disk
@@ -178,7 +179,9 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
             raise ValueError(f"all {len(vectors)} vectors are equal: there is nothing to quantize")
         self.mean.copy_(mean)
         self.scale.copy_(variance.sqrt())
-        latents = torch.cat([self._to_latents(chunk) for chunk in vectors.split(CHUNK)])
+        latents = vectors.new_empty(len(vectors), self.config.latent_dim, dtype=torch.float32)
+        for chunk, found in zip(vectors.split(CHUNK), latents.split(CHUNK)):
+            found.copy_(self._to_latents(chunk))
         self.quantizer.initialize(latents, iterations)
         return self
 
@@ -284,4 +287,5 @@ def mlp(widths: Sequence[int], activation: str) -> nn.Module:
 
 def check_vectors(vectors: torch.Tensor, channels: int) -> None:
     check_floating("vectors", vectors, "N", channels)
+    check_values("vectors", vectors)
     check_finite("vectors", vectors)

@@ -32,7 +32,7 @@ from ...argument_checks import (
 )
 from ..codes import embed_codes
 from ..offloading import check_not_offloaded, onload_weights
-from .nearest_codes import balanced_nearest, beam_search, k_means, nearest, sample_codes, soft_targets
+from .nearest_codes import balanced_nearest, beam_search, in_chunks, k_means, nearest, sample_codes, soft_targets
 
 
 @dataclass
@@ -213,6 +213,7 @@ class ResidualQuantizer(nn.Module):
         if generator is not None:
             check_instance("generator", generator, torch.Generator)
         check_size("beam_size", beam_size)
+        beam_size = int(beam_size)
         if temperature is not None and beam_size > 1:
             raise ValueError(f"codes are either sampled or searched: got temperature={temperature} and {beam_size=}")
         with torch.autocast(z.device.type, enabled=False):
@@ -304,13 +305,17 @@ class ResidualQuantizer(nn.Module):
         check_integer("iterations", iterations, 0, LARGEST_SIZE)
         vectors = vectors.float().reshape(-1, self.codebook_dim)
         check_finite("vectors", vectors)
-        residual = vectors
-        for m in range(len(self.codebook)):
-            self._set_codebook(m, *k_means(residual, self.codebook_sizes[m], iterations))
-            residual = residual - F.embedding(nearest(residual, self.codebook_at(m)), self.codebook_at(m))
-        if self.shared_codebook and self.depth > 1:
-            residuals = self.encode(vectors).residuals.flatten(0, 1)  # (N·D, C)
-            self._set_codebook(0, *k_means(residuals, self.codebook_sizes[0], iterations))
+        if self.shared_codebook:
+            self._set_codebook(0, *k_means(vectors, self.codebook_sizes[0], iterations))
+            if self.depth > 1:
+                residuals = self.encode(vectors).residuals.flatten(0, 1)  # (N·D, C)
+                self._set_codebook(0, *k_means(residuals, self.codebook_sizes[0], iterations))
+            return
+        residual = vectors.clone()
+        for d in range(self.depth):
+            self._set_codebook(d, *k_means(residual, self.codebook_sizes[d], iterations))
+            for chunk in in_chunks(residual, self.codebook_at(d)):
+                chunk -= F.embedding(nearest(chunk, self.codebook_at(d)), self.codebook_at(d))
 
     def _set_codebook(self, m: int, codewords: torch.Tensor, counts: torch.Tensor) -> None:
         self.codebook[m, : len(codewords)] = codewords
