@@ -221,13 +221,13 @@ def test_next_nearest_gives_every_item_an_id_of_its_own(hidden_dims):
 
 
 def test_next_nearest_takes_the_nearest_free_last_code(model):
-    vectors = tiny_vectors(64)
-    ids = SemanticIds.encode(model, list(range(64)), vectors)
+    vectors = tiny_vectors(8).repeat_interleave(3, dim=0)
+    ids = SemanticIds.encode(model, list(range(24)), vectors)
     resolved, _ = ids.resolve("next_nearest", vectors)
     taken = {tuple(row) for row in ids.codes.tolist()}
     latents = model.encoder((vectors.double() - model.mean) / model.scale).detach()
     moved = (resolved.codes != ids.codes).any(dim=1).nonzero()[:, 0].tolist()
-    assert moved
+    assert len(moved) >= 16
     for row in moved:
         prefix = ids.codes[row, :2].tolist()
         free = [code for code in range(7) if (*prefix, code) not in taken]
