@@ -143,7 +143,7 @@ class EmbeddingArguments:
         default=None, metadata={"help": "Codes per item (default: one for each of several --codebook_sizes, or 3)."}
     )
     codebook_ema_decay: float = field(default=0.99, metadata={"help": "Decay of the codebooks' moving averages."})
-    commitment_weight: float = field(default=0.25, metadata={"help": "Weight β of the commitment loss."})
+    commitment_weight: float = field(default=0.1, metadata={"help": "Weight β of the commitment loss."})
 
     def __post_init__(self):
         check_numbers(self, "be at least 1", "hidden_dims", "latent_dim", "codebook_sizes", "depth")

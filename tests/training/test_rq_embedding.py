@@ -100,12 +100,14 @@ def test_trains_all_codes_on_vectors_of_norm_1(seed):
     initialize_embedding_model(model, vectors, batch_size=128)
     compute_loss = RQEmbeddingLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     model.train()
-    for _ in range(300):
+    for _ in range(600):
         loss = compute_loss(model, {"vectors": vectors[torch.randint(2000, (128,))]}).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     report = SemanticIds.encode(model.eval(), list(range(2000)), vectors).report(vectors)
     k_means = RQEmbeddingModel(768, hidden_dims=(), codebook_size=32, depth=3).fit(vectors)
     expected = SemanticIds.encode(k_means, list(range(2000)), vectors).report(vectors)

@@ -31,7 +31,7 @@ class RQEmbeddingLoss:
         commitment_weight (`float`): β.
     """
 
-    def __init__(self, model: RQEmbeddingModel, *, commitment_weight: float = 0.25):
+    def __init__(self, model: RQEmbeddingModel, *, commitment_weight: float = 0.1):
         check_number("commitment_weight", commitment_weight, "be at least 0")
         self.model = model
         self.commitment_weight = commitment_weight
