@@ -6,7 +6,7 @@ import torch
 from rq_hf import RQEmbeddingModel
 
 
-@pytest.mark.parametrize("hidden_dims", [(), (8,)])
+@pytest.mark.parametrize("hidden_dims", [(), (64,)])
 @pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize("output", [False, True])
 def test_unit_length_of_latents_and_output(hidden_dims, latents, output):
