@@ -7,7 +7,6 @@ of an `AutoencoderKL` the moments, means and then log-variances, not scaled. `la
 """
 
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -20,6 +19,7 @@ import torch
 from ..argument_checks import check_choice, check_floating, check_instance, check_items, check_size
 from ..models import RQVAEModel
 from ..models.continuous_latents import Autoencoder, latent_shape
+from ..models.pretrained import fingerprint
 from .loading import check_columns, find_files, load_files, number_examples
 
 DESCRIPTION = "latents.json"
@@ -45,13 +45,10 @@ def describe_latents(vae: Autoencoder, dtype: torch.dtype = torch.bfloat16) -> d
     else:
         name, weights = "autoencoder_kl_sha256", vae.state_dict()
         weights = {key: weights[key] for key in weights if key.startswith(("encoder.", "quant_conv."))}
-    fingerprint = hashlib.sha256()
-    for _, weight in sorted(weights.items()):
-        fingerprint.update(weight.float().cpu().numpy().tobytes())
     return {
         "shape": list(stored_shape(vae)),
         "dtype": str(dtype).removeprefix("torch."),
-        name: fingerprint.hexdigest(),
+        name: fingerprint(weights),
     }
 
 

@@ -1,11 +1,13 @@
 """What must hold for saved models. The libraries fill in for a file that lacks something, at most with a warning."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from ..argument_checks import check_source
@@ -56,3 +58,25 @@ def check_loading_info(source: str | os.PathLike, loading_info: dict) -> None:
             names = sorted(names)
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{source} {problem} weights, or its config.json is of another model: {names[0]}{more}")
+
+
+class CheckedLoadingMixin:
+    """For a [`~diffusers.ModelMixin`]; `kind` is what messages call it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, output_loading_info=False, **kwargs):
+        """As in diffusers, except that missing and unknown weights are a `ValueError`, unless
+        `ignore_mismatched_sizes=True`."""
+        with reading(cls.kind, pretrained_model_name_or_path):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_loading_info(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of weights as float32, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, weight in sorted(weights.items()):
+        digest.update(weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -23,7 +23,6 @@ from ..argument_checks import (
     LARGEST_SIZE,
     as_plain,
     check_choice,
-    check_finite,
     check_floating,
     check_instance,
     check_int64,
@@ -31,11 +30,11 @@ from ..argument_checks import (
     check_items,
     check_range,
     check_source,
-    check_values,
     is_integer,
 )
 from ..model_cards import HubMixin, model_card, quoted, with_card
 from ..models import RQEmbeddingModel
+from ..models.rq_embedding.modeling_rq_embedding import check_vectors
 from .free_ids import FreeIds
 from .prefix_tree import PrefixTree
 from .report import (
@@ -47,7 +46,7 @@ from .report import (
     squared_deviations,
     usage_and_perplexity,
 )
-from .table_files import DESCRIPTION_FILE, TABLE_FILE, fingerprint, read_description, read_table, write_table
+from .table_files import DESCRIPTION_FILE, TABLE_FILE, model_fingerprint, read_description, read_table, write_table
 from .tokens import constraint, level_templates, level_tokens, token_ids_of
 
 METHODS = ("suffix", "next_nearest", "keep")
@@ -337,9 +336,7 @@ class SemanticIds(HubMixin):
         return torch.cat([(part.double() - sample).square().sum(dim=1) for part, sample in decoded])
 
     def _check_vectors(self, vectors: torch.Tensor) -> None:
-        check_floating("vectors", vectors, len(self), self.model.config.input_dim)
-        check_values("vectors", vectors)
-        check_finite("vectors", vectors)
+        check_vectors(vectors, self.model.config.input_dim, len(self))
 
     @with_card
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
@@ -401,7 +398,7 @@ class SemanticIds(HubMixin):
         folder = folder / (subfolder or "")
         description = read_description(folder)
         model = RQEmbeddingModel.from_pretrained(folder, **kwargs)
-        if fingerprint(model) != description["model_sha256"]:
+        if model_fingerprint(model) != description["model_sha256"]:
             raise ValueError(
                 f"the weights in {folder} are not those that its IDs are of, or are in another precision: encode the "
                 "items again"

@@ -1,6 +1,5 @@
 """Semantic IDs on disk, beside the files of their model: `semantic_ids.parquet` and `semantic_ids.json`."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from ..argument_checks import is_integer
 from ..files import checksum
 from ..models import RQEmbeddingModel
-from ..models.pretrained import read_json
+from ..models.pretrained import fingerprint, read_json
 from ..untrusted_files import check_contents_are_there, one_line, shown, shown_first
 
 DESCRIPTION_FILE = "semantic_ids.json"
@@ -23,13 +22,11 @@ def column_names(depth: int, levels: int) -> list[str]:
     return ["item", *(f"code_{d}" for d in range(depth)), *(["suffix"] if levels > depth else [])]
 
 
-def fingerprint(model: RQEmbeddingModel) -> str:
-    """SHA-256 of the weights that codes depend on, as float32, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        if name in ("mean", "scale", "quantizer.codebook") or name.startswith("encoder."):
-            digest.update(weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def model_fingerprint(model: RQEmbeddingModel) -> str:
+    """That of the weights that codes depend on."""
+    names = ("mean", "scale", "quantizer.codebook")
+    weights = model.state_dict()
+    return fingerprint({name: weights[name] for name in weights if name in names or name.startswith("encoder.")})
 
 
 def write_table(
@@ -47,7 +44,7 @@ def write_table(
         "format_version": FORMAT_VERSION,
         "items": len(items),
         "sizes": list(sizes),
-        "model_sha256": fingerprint(model),
+        "model_sha256": model_fingerprint(model),
         "table_sha256": checksum(folder / TABLE_FILE),
     }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

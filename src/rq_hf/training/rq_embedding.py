@@ -3,16 +3,15 @@
 Vectors are `(N, input_dim)`, of any scale.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
 from ..argument_checks import check_number, check_size
-from ..metrics import codebook_usage, count_codes
+from ..metrics import count_codes
 from ..models import RQEmbeddingModel
 from ..semantic_ids import SemanticIds
 from .loop import LossOutput
+from .rq_vae import usage_metrics
 
 
 class RQEmbeddingLoss:
@@ -44,7 +43,10 @@ class RQEmbeddingLoss:
         spread = variance + output.commitment_loss.detach()
         commitment = output.commitment_loss / spread.clamp(min=torch.finfo(spread.dtype).tiny)
         metrics = {"loss_reconstruction": reconstruction, "loss_commitment": commitment}
-        metrics |= usage_metrics(output.codes, self.model.codebook_sizes)
+        counts = (
+            count_codes(codes[:, None], size)[0] for codes, size in zip(output.codes.T, self.model.codebook_sizes)
+        )
+        metrics |= usage_metrics(counts, prefix="batch_")
         return LossOutput(reconstruction + self.commitment_weight * commitment, metrics)
 
 
@@ -62,16 +64,6 @@ def initialize_embedding_model(model: RQEmbeddingModel, vectors: torch.Tensor, b
     model.fit(vectors)
     for average in (model.quantizer.cluster_size, model.quantizer.cluster_sum):
         average *= batch_size / len(vectors)
-
-
-def usage_metrics(codes: torch.Tensor, sizes: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Codebook usage and perplexity of codes `(N, D)` of levels of these sizes: `batch_usage_depth_1`, ..."""
-    levels = [codebook_usage(count_codes(codes[:, d : d + 1], size)) for d, size in enumerate(sizes)]
-    return {
-        f"batch_{name}_depth_{d}": values[name][0]
-        for name in ("usage", "perplexity")
-        for d, values in enumerate(levels, start=1)
-    }
 
 
 def evaluate_semantic_ids(model: RQEmbeddingModel, vectors: torch.Tensor) -> dict[str, float]:

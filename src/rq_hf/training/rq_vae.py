@@ -48,13 +48,13 @@ class RQVAELoss(AutoencoderLoss):
         return output.sample.float(), loss, metrics
 
 
-def usage_metrics(counts: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
-    """Codebook usage and perplexity from `counts` `(D, K)`, a metric for every depth: `{prefix}usage_depth_1`, ..."""
-    values = codebook_usage(counts)
+def usage_metrics(counts: Iterable[torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Codebook usage and perplexity from counts `(K,)` of every depth: `{prefix}usage_depth_1`, ..."""
+    depths = [codebook_usage(count[None]) for count in counts]
     return {
-        f"{prefix}{name}_depth_{d}": value
+        f"{prefix}{name}_depth_{d}": values[name][0]
         for name in ("usage", "perplexity")
-        for d, value in enumerate(values[name], start=1)
+        for d, values in enumerate(depths, start=1)
     }
 
 

@@ -5,7 +5,6 @@ Shapes: `N` vectors of `input_dim` channels, `D` quantization depth, also called
 dimension of a codeword.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,7 +30,7 @@ from ...argument_checks import (
 )
 from ...model_cards import RQ_CITATION, HubMixin, model_card, quoted, with_card
 from ..offloading import check_not_offloaded, onload_weights, unless_on_disk
-from ..pretrained import check_loading_info, reading
+from ..pretrained import CheckedLoadingMixin
 from ..remote_code import with_code
 from ..rq_vae.residual_quantizer import ResidualQuantizer
 
@@ -66,7 +65,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.double(), self.bias.double())
 
 
-class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
+class RQEmbeddingModel(HubMixin, CheckedLoadingMixin, ModelMixin, ConfigMixin):
     r"""
     Vectors as D codes, one from each of D codebooks, with or without an encoder and decoder around them.
 
@@ -90,6 +89,7 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         `ValueError` or `TypeError` for sizes that are no integers of at least 1, and for other invalid arguments.
     """
 
+    kind = "a model of embeddings"
     _group_offload_block_modules = ["encoder", "quantizer", "decoder"]
     _no_split_modules = ["ResidualQuantizer"]
     _keep_in_fp32_modules = ["quantizer", "mean", "scale"]
@@ -137,16 +137,6 @@ class RQEmbeddingModel(HubMixin, ModelMixin, ConfigMixin):
         self.decoder = mlp(widths[::-1], activation)
         self.register_buffer("mean", torch.zeros(input_dim))
         self.register_buffer("scale", torch.ones(()))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, output_loading_info=False, **kwargs):
-        """As in diffusers, except that missing and unknown weights are a `ValueError`, unless
-        `ignore_mismatched_sizes=True`."""
-        with reading("a model of embeddings", pretrained_model_name_or_path):
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_loading_info(pretrained_model_name_or_path, info)
-        return (model, info) if output_loading_info else model
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -285,7 +275,8 @@ def mlp(widths: Sequence[int], activation: str) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def check_vectors(vectors: torch.Tensor, channels: int) -> None:
-    check_floating("vectors", vectors, "N", channels)
+def check_vectors(vectors: torch.Tensor, channels: int, count: int | str = "N") -> None:
+    """Raises `ValueError` or `TypeError` unless `vectors` are `count` finite ones of `channels` channels."""
+    check_floating("vectors", vectors, count, channels)
     check_values("vectors", vectors)
     check_finite("vectors", vectors)

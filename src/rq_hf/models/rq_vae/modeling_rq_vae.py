@@ -36,7 +36,7 @@ from ...untrusted_files import read_state_dict, read_yaml
 from ..codes import check_codes
 from ..offloading import check_not_group_offloaded, onload_weights, unless_on_disk
 from ..presets import load_preset
-from ..pretrained import check_loading_info, reading
+from ..pretrained import CheckedLoadingMixin
 from ..remote_code import with_code
 from .fused_blocks import fuse_blocks
 from .residual_quantizer import QuantizerOutput, ResidualQuantizer
@@ -69,7 +69,7 @@ class RQVAEOutput(BaseOutput):
     codebook_loss: torch.Tensor | None = None
 
 
-class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
+class RQVAEModel(HubMixin, CheckedLoadingMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin, ConfigMixin):
     r"""
     A VQ-GAN encoder and decoder with residual quantization between them. With `depth=1` it is a VQ-VAE.
 
@@ -105,6 +105,7 @@ class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin,
             codeword, sizes that are no integers of at least 1, or invalid arguments of [`ResidualQuantizer`].
     """
 
+    kind = "an RQ-VAE"
     _supports_gradient_checkpointing = True
     _group_offload_block_modules = ["encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder"]
     _no_split_modules = ["Encoder", "Decoder", "ResidualQuantizer"]
@@ -216,16 +217,6 @@ class RQVAEModel(HubMixin, ModelMixin, AutoencoderMixin, FromOriginalModelMixin,
         Raises `ValueError` for another name.
         """
         return cls(**load_preset(name, "vae"))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, output_loading_info=False, **kwargs):
-        """As in diffusers, except that missing and unknown weights are a `ValueError`, unless
-        `ignore_mismatched_sizes=True`."""
-        with reading("an RQ-VAE", pretrained_model_name_or_path):
-            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_loading_info(pretrained_model_name_or_path, info)
-        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs) -> "RQVAEModel":
